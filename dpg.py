@@ -1,0 +1,676 @@
+"""Dataset Policy Gradient (DPG): train a generator so that a model trained on its text scores well.
+
+A generator pi_theta writes a dataset D = {x_1..x_n}. A target model is trained on D by ordinary
+supervised fine-tuning, A(w, D), where example i has loss weight w_i. A differentiable metric Phi
+(higher is better) scores the trained target. DPG rewards each example with its metagradient,
+
+    tau_i = d Phi(A(w, D)) / d w_i   at w = 1         (positive: more weight on x_i raises Phi)
+
+and improves the generator by policy gradient, theta <- theta + lr * sum_i tau_i grad log pi(x_i).
+
+The method is from "Synthetic Data for any Differentiable Target" (Thrush et al., 2026),
+https://arxiv.org/abs/2604.08423v1; sections and equations cited below are that version's. The code
+here is written from the text of the paper, and test_dpg.py holds it against the truth.
+
+    symbol      name here               is                                          shape
+    D           examples                token rows, and which tokens are labels     (N, L), (N, L)
+    w           weights                 loss weights, per example or per token      (N,) or (N, L)
+    l_i         -                       (1/L) sum_t mask_it * nll_it                scalar
+    A           sft, with an optimizer  one pass of T steps over N = T*B examples   -> parameters
+    T, B        steps, N // steps       inner steps, examples per minibatch         int
+    Phi         metric                  callable(parameters) -> scalar, to maximise
+    tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
+    pi_theta    policy                  the generator, a model with `generate`
+    x_i         Rollouts.tokens         what the policy wrote after its prompt      (N, L_new)
+    G           samples                 rollouts of one prompt, adjacent rows       int
+
+Departures from the paper, numbered, each with what it costs in bias:
+
+ 1. One policy update per step, on all rollouts at once, not clipped minibatches over several
+    updates. No importance ratio, hence no clipping bias; it costs generator steps.
+ 2. The loss of a step is a mean over B rows and a row's loss is divided by the constant L. No sample
+    can change a denominator, so leaving x_i out (w_i = 0) leaves no other trace of it, and
+    grad F = E[sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i)] holds exactly, for any optimizer
+    and T. tau_i is the first-order stand-in for that difference; that is DPG's only bias. It is
+    zero where Phi is affine in each w_i; with SGD it falls with lr and with each example's share
+    1/B. (The official code sums micro-batch means: its eps_root is on another scale.)
+ 3. Baselines are a choice, "none" by default; the paper's GRPO centres each group of G. tau_j of
+    another example depends on x_i through the shared training run, so any baseline made of
+    rewards adds bias, except where tau_j cannot see x_i (T = 1, SGD, Phi linear). It buys variance.
+ 4. Per-token credit: weights w_it per token give tau_it in the same double backward, and the
+    reward of token t is the discounted sum of tau_is over s >= t. discount = 1 is the first-order
+    stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), which only text from t on can see, and is
+    as exact as 2. discount < 1 drops what a token does as context for later ones: biased, with
+    less variance.
+ 5. An entropy bonus and a KL term to a reference policy, both off by default, both exact sums over
+    the vocabulary at each sampled position. They change the objective, not the estimator of Phi; the
+    gradient of how theta changes which positions are visited is left out, as in common practice.
+ 6. Scaled advantages divide by the group's own spread, with no absolute constant: rewards are 1e-4
+    to 1e-9. Scaling by a sampled spread changes the step length and adds bias of order 1/n.
+
+Adam, and where tau goes blind. At T = 1 Adam's step is g / (sqrt(g^2 + eps_root) + eps): coordinates
+with |g| well above sqrt(eps_root) are saturated, move by lr whatever the weights are, and add
+nothing to tau. Choose eps_root on the scale of the squared minibatch gradient; `saturation`
+says which share of the coordinates still responds.
+
+Not here: several passes over D, learning-rate schedules, gradient clipping inside A, mixed precision.
+
+Usage (a test runs this):
+
+    >>> import torch, dpg
+    >>> _ = torch.manual_seed(0)
+    >>> target = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.Linear(8, 5)).double()
+    >>> D = dpg.Examples(torch.tensor([[0, 1, 2], [0, 3, 4]]), torch.tensor([[0, 1, 1], [0, 1, 1]]))
+    >>> wanted = dpg.Examples(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]))
+    >>> phi = dpg.lm_metric(target, wanted)
+    >>> result = dpg.metagradient(target, D, phi, dpg.SGD(lr=0.1))
+    >>> result.tau.tolist()[0] > 0 > result.tau.tolist()[1]
+    True
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
+Metric = Callable[[Params], Tensor]
+
+
+# ------------------------------------------------------------------------------ data and optimizers
+
+
+class Examples(NamedTuple):
+    """A dataset D (section 3.1): rows of token ids, and which of them are labels of the loss."""
+
+    tokens: Tensor  # (N, L) int64
+    mask: Tensor  # (N, L) bool, int or 0/1 float; column 0 has nothing to predict it from, so 0
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent, p <- p - lr * g, as a pure function; differentiable in all inputs."""
+
+    lr: float
+
+    def __post_init__(self):
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+
+    def init(self, params: Params) -> dict:
+        return {}
+
+    def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
+        return {k: p - self.lr * grads[k] for k, p in params.items()}, state
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW as a pure function; differentiable in all inputs (appendix E for the default betas).
+
+    p <- p - lr * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
+
+    eps_root stands inside the root: sqrt has no finite derivative at 0, and a coordinate whose
+    gradient is 0 would turn every metagradient into NaN. It also sets which coordinates tau can see
+    (header). With eps_root = 0 this is torch.optim.AdamW.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    eps_root: float = 1e-9
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        betas = tuple(self.betas)
+        _require(len(betas) == 2 and all(0 <= b < 1 for b in betas),
+                 f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("eps", "eps_root", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative")
+
+    def init(self, params: Params) -> dict:
+        def zeros():
+            return {k: torch.zeros_like(p) for k, p in params.items()}
+        return {"step": 0, "m": zeros(), "v": zeros()}
+
+    def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
+        (b1, b2), step = self.betas, state["step"] + 1
+        m = {k: b1 * state["m"][k] + (1 - b1) * g for k, g in grads.items()}
+        v = {k: b2 * state["v"][k] + (1 - b2) * g * g for k, g in grads.items()}
+        new = {}
+        for k, p in params.items():
+            m_hat, v_hat = m[k] / (1 - b1**step), v[k] / (1 - b2**step)
+            u = m_hat / ((v_hat + self.eps_root).sqrt() + self.eps)
+            new[k] = p - self.lr * (u + self.weight_decay * p if self.weight_decay else u)
+        return new, {"step": step, "m": m, "v": v}
+
+
+Optimizer = SGD | AdamW
+
+
+# ------------------------------------------------------------------- the learning algorithm A(w, D)
+
+
+def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
+        weights: Tensor | None = None, steps: int = 1) -> Params:
+    """A(w, D), section 3.1: the parameters after one pass of supervised fine-tuning, as a dict.
+
+    The N examples are split in order into `steps` minibatches of B = N / steps. The loss of one is
+    (1/B) sum_i w_i l_i with l_i = (1/L) sum_t mask_it * nll_it. `weights` is (N,), or (N, L) to
+    weight each token's nll; None is all ones. The result is differentiable in `weights` where
+    these require gradients. The model itself is not changed: the run starts from its parameters
+    and a new optimizer state at every call. Parameters with requires_grad=False are constants.
+
+    Errors: ValueError for data, weights or steps that do not fit together, a model with active
+    dropout, in half precision, or with an attention kernel that has no second derivative.
+    """
+    _check_run(model, examples, steps)
+    n, length = examples.tokens.shape
+    if weights is None:
+        weights = _ones(model, (n,))
+    _require(weights.shape in ((n,), (n, length)),
+             f"weights must have shape {(n,)} or {(n, length)}, got {tuple(weights.shape)}")
+    params, frozen = _parameters(model)
+    state, graph = optimizer.init(params), weights.requires_grad and torch.is_grad_enabled()
+    for batch, w in _minibatches(examples, weights, steps):
+        params, state, _ = _step(model, params, frozen, state, batch, w, optimizer, graph)
+    return _merge(model, params, frozen)
+
+
+def _step(model, params, frozen, state, batch, weights, optimizer, graph):
+    """One optimizer step; with graph=True the result can be differentiated in all that went in."""
+    if not graph:
+        params = {k: p.detach().requires_grad_() for k, p in params.items()}
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels differentiate only once
+        nll = _nll(model, params | frozen, batch)  # (B, L - 1), at columns 1..L-1
+        b, length = batch.tokens.shape
+        w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
+        loss = (w * nll).sum() / (b * length)
+        # A parameter that the logits do not depend on has gradient zero.
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
+                                    materialize_grads=True)
+    with torch.set_grad_enabled(graph):
+        params, state = optimizer.update(params, dict(zip(params, grads, strict=True)), state)
+    return params, state, loss.detach()
+
+
+def _nll(model, params, examples):
+    """-log p of every label given the tokens before it, 0 where the mask is 0: (N, L - 1)."""
+    # Rows are padded on the right and the model is causal: no label sees what follows it, so no
+    # attention mask is needed.
+    logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
+    nll = F.cross_entropy(logits.transpose(1, 2), examples.tokens[:, 1:], reduction="none")
+    return nll * examples.mask[:, 1:]
+
+
+def _call(model, params, tokens):
+    # A cache of keys and values is of no use in training, and costs memory.
+    cached = hasattr(getattr(model, "config", None), "use_cache")
+    return functional_call(model, params, (tokens,), {"use_cache": False} if cached else {})
+
+
+def lm_metric(model: nn.Module, examples: Examples) -> Metric:
+    """A metric: the mean log-likelihood per label token (nats) of `examples` under given parameters.
+
+    The text targets of sections 4.4 and 4.5 are metrics of this form.
+    """
+    _check_examples(examples, "examples")
+    count = examples.mask.sum()
+
+    def metric(params: Params) -> Tensor:
+        return -_nll(model, params, examples).sum() / count
+
+    return metric
+
+
+# ------------------------------------------------------------------------------- the metagradient
+
+
+class Attribution(NamedTuple):
+    """What `metagradient` returns; all detached."""
+
+    tau: Tensor  # (N,), or (N, L) with 0 where the mask is 0
+    metric: float  # Phi(A(1, D))
+    params: Params  # A(1, D)
+    losses: Tensor  # (steps,): minibatch k's loss before update k
+
+
+def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
+                 steps: int = 1, per_token: bool = False, method: str = "unroll") -> Attribution:
+    """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
+
+    method="unroll" keeps the graph of the whole run: memory grows with `steps`. "replay" stores the
+    parameters and optimizer state before each step, and rebuilds one step's graph at a time on
+    the way back: the same numbers, one more forward and backward pass per step but the last.
+
+    With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
+    per-example tau.
+
+    Errors: those of `sft`; ValueError for a metric that is not a scalar or does not depend on the
+    parameters, and for an unknown method; FloatingPointError for a Phi or tau that is not finite.
+    """
+    _check_run(model, examples, steps)
+    _require(method in ("unroll", "replay"), f'method must be "unroll" or "replay", got {method!r}')
+    shape = examples.tokens.shape if per_token else examples.tokens.shape[:1]
+    weights = _ones(model, shape).requires_grad_()
+    run = _unroll if method == "unroll" else _replay
+    with torch.enable_grad():
+        tau, phi, params, losses = run(model, examples, metric, optimizer, weights, steps)
+    if not torch.isfinite(tau).all():
+        row = int((~torch.isfinite(tau)).nonzero()[0, 0])
+        raise FloatingPointError(
+            f"tau of example {row} is not finite; the inner run diverged (lower lr), or eps_root = 0 "
+            f"met a gradient of exactly 0. Inner losses: {torch.stack(losses).tolist()}")
+    if per_token:
+        tau = tau * (examples.mask != 0)  # exactly 0 off the labels, and not -0
+    return Attribution(tau, phi.item(), {k: p.detach() for k, p in params.items()},
+                       torch.stack(losses))
+
+
+def _unroll(model, examples, metric, optimizer, weights, steps):
+    """The definition: train with a graph, then differentiate the metric."""
+    params, frozen = _parameters(model)
+    state, losses = optimizer.init(params), []
+    for batch, w in _minibatches(examples, weights, steps):
+        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, True)
+        losses.append(loss)
+    params = _merge(model, params, frozen)
+    phi = _measure(metric, params)
+    # autograd walks only the paths that end in a weight. None passes through the initial parameters:
+    # no Hessian-vector product is spent on the first step, and none at all at T = 1.
+    (tau,) = torch.autograd.grad(phi, weights)
+    return tau, phi, params, losses
+
+
+def _replay(model, examples, metric, optimizer, weights, steps):
+    """The same, holding one step's graph at a time. z_k is (parameters, optimizer state) before
+    step k, z_{k+1} = step_k(z_k, w_k), and its adjoint d Phi / d z_k is carried from the end back:
+
+        tau_k = (d z_{k+1} / d w_k)^T adjoint,    adjoint <- (d z_{k+1} / d z_k)^T adjoint
+    """
+    batches = list(_minibatches(examples, weights, steps))
+    params, frozen = _parameters(model)
+    z, losses = [(params, optimizer.init(params))], []
+    for batch, w in batches[:-1]:  # the last step is run once, on the way back
+        params, state, loss = _step(model, *_split(z[-1], frozen), batch, w.detach(), optimizer, False)
+        z.append((params, state))
+        losses.append(loss)
+    taus = []
+    for k in reversed(range(steps)):
+        batch, w = batches[k][0], batches[k][1].detach().requires_grad_()
+        here = _leaf(z.pop())
+        params, state, loss = _step(model, *_split(here, frozen), batch, w, optimizer, True)
+        if k == steps - 1:
+            losses.append(loss)
+            trained = _merge(model, params, frozen)
+            phi = _measure(metric, trained)
+            outputs, adjoint = [phi], None
+        else:
+            outputs = _tensors((params, state))
+        inputs = [w] + (_tensors(here) if k > 0 else [])  # the first step's parameters need none
+        tau, *adjoint = torch.autograd.grad(outputs, inputs, adjoint, materialize_grads=True)
+        taus.append(tau)
+    return torch.cat(taus[::-1]), phi, trained, losses
+
+
+def _split(z, frozen):
+    return z[0], frozen, z[1]
+
+
+def _tensors(tree) -> list[Tensor]:
+    """The tensors of nested tuples and dicts (parameters, optimizer states), in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ()
+    return [t for part in parts for t in _tensors(part)]
+
+
+def _leaf(tree):
+    """The same tree with each tensor a new leaf of the graph."""
+    if isinstance(tree, Tensor):
+        return tree.detach().requires_grad_()
+    if isinstance(tree, tuple):
+        return tuple(_leaf(part) for part in tree)
+    return {k: _leaf(part) for k, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _measure(metric, params):
+    with sdpa_kernel(SDPBackend.MATH):
+        phi = metric(params)
+    _require(isinstance(phi, Tensor) and phi.numel() == 1,
+             "metric must return a tensor with one element")
+    _require(phi.requires_grad, "metric does not depend on the trained parameters it is given")
+    if not torch.isfinite(phi):
+        raise FloatingPointError(f"metric is {phi.item()} after training; lower the inner lr")
+    return phi.reshape(())
+
+
+def _minibatches(examples, weights, steps):
+    parts = (x.chunk(steps) for x in (*examples, weights))
+    return [(Examples(t, m), w) for t, m, w in zip(*parts, strict=True)]
+
+
+def _parameters(model):
+    """The parameters in two dicts: trained (new leaves on the same memory), and constant."""
+    named = dict(model.named_parameters())
+    params = {k: p.detach().requires_grad_() for k, p in named.items() if p.requires_grad}
+    _require(bool(params), "model has no parameter with requires_grad=True")
+    return params, {k: p.detach() for k, p in named.items() if not p.requires_grad}
+
+
+def _merge(model, params, frozen):
+    both = params | frozen
+    return {k: both[k] for k, _ in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------ the generator policy pi
+
+
+class Rollouts(NamedTuple):
+    """What a policy wrote. N = prompts x samples rows; the samples of one prompt are adjacent."""
+
+    prompt_tokens: Tensor  # (N, P) int64, padded on the left
+    prompt_mask: Tensor  # (N, P) int64
+    tokens: Tensor  # (N, L_new) int64
+    mask: Tensor  # (N, L_new) int64: 1 up to and including the first end-of-text
+
+    def examples(self, start: int) -> Examples:
+        """The dataset D: rows [start] + rollout without the prompt (section 3.1), (N, L_new + 1)."""
+        tokens = F.pad(self.tokens, (1, 0), value=start)
+        return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
+             temperature: float = 1.0, seed: int, eos_token_id: int | None = None) -> Rollouts:
+    """Sample from the policy: `samples` rollouts for each prompt, in `max_new_tokens` columns.
+
+    `prompts` is a pair (tokens, attention mask), both (P_n, P) and padded on the left, or what a
+    tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default the
+    one of the model's generation config. Temperature 0 takes the most likely token. The global
+    random state is left as it was.
+    """
+    tokens, mask = _check_prompts(prompts)
+    _require(samples >= 1, f"samples must be at least 1, got {samples}")
+    _require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _require(temperature >= 0, f"temperature must not be negative, got {temperature}")
+    _check_policy(model)
+    tokens, mask = (x.repeat_interleave(samples, 0) for x in (tokens, mask))  # (N, P)
+    own = model.generation_config
+    eos = own.eos_token_id if eos_token_id is None else eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = eos[0] if eos else 0
+    # A hub model's generation config may cut or bend the distribution, and transformers merges it
+    # into any config given to `generate`; then samples do not come from pi. This shallow copy of the
+    # model shares its parameters and has a config of its own.
+    sampler = copy.copy(model)
+    sampler.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=pad)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    devices = range(torch.cuda.device_count()) if tokens.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        new = sampler.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens,
+                               **(how if temperature > 0 else {"do_sample": False}))
+    new = new[:, tokens.shape[1]:]
+    new = F.pad(new, (0, max_new_tokens - new.shape[1]), value=pad)  # (N, L_new)
+    ended = torch.isin(new, torch.tensor(eos, dtype=new.dtype, device=new.device)).long()
+    return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
+
+
+class TokenLogProbs(NamedTuple):
+    """log pi of each sampled token, and what else was asked for; all (N, L_new), 0 off the mask."""
+
+    log_probs: Tensor
+    entropy: Tensor | None  # of the next-token distribution, nats
+    kl: Tensor | None  # KL(pi || reference) of the next-token distributions, nats
+
+
+def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0,
+                    entropy: bool = False, reference: nn.Module | None = None):
+    """log pi_theta(x_it | prompt, x_i<t), (N, L_new), 0 where the mask is 0; differentiable.
+
+    With entropy=True or a reference model the result is a `TokenLogProbs`: entropy and KL are exact
+    sums over the vocabulary, not estimates from the sampled token.
+    """
+    _require(temperature > 0, f"temperature must be positive, got {temperature}")
+    _check_policy(model)
+    log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
+    mask = rollouts.mask
+    chosen = log_pi.gather(2, rollouts.tokens[..., None])[..., 0] * mask
+    if not entropy and reference is None:
+        return chosen
+    spread = -(log_pi.exp() * log_pi).sum(2) * mask if entropy else None
+    kl = None
+    if reference is not None:
+        with torch.no_grad():
+            log_ref = _next_token_log_probs(reference, rollouts, temperature)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(2) * mask
+    return TokenLogProbs(chosen, spread, kl)
+
+
+def _next_token_log_probs(model, rollouts, temperature):
+    tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, :-1]
+    mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.tokens)], 1)[:, :-1]
+    length = rollouts.tokens.shape[1]
+    known = inspect.signature(model.forward).parameters
+    # With padding on the left, positions count from a prompt's first real token, as in `generate`.
+    extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False,
+             "logits_to_keep": length}
+    out = model(tokens, attention_mask=mask, **{k: v for k, v in extra.items() if k in known})
+    return F.log_softmax(_logits(out, model)[:, -length:] / temperature, dim=2)
+
+
+# ------------------------------------------------------------------------------------ the estimator
+
+
+def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, baseline: str = "none",
+               scale: bool = False, discount: float | None = None) -> Tensor:
+    """Rewards to advantages, same shape as tau.
+
+    tau is (N,), per example, and `discount` None; or (N, L_new), per token, and `discount` in [0, 1]
+    makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is (departure 4).
+
+    Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt (GRPO),
+    N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts the
+    group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows that
+    have a label at the same position. scale=True divides by the group's standard deviation about
+    the mean. Where a group (per token, a position of it) has no spread, or only such as rounding
+    makes, "mean", "loo" and scale give exactly 0.
+    """
+    _require(tau.ndim in (1, 2), f"tau must be (N,) or (N, L_new), got {tuple(tau.shape)}")
+    _require(baseline in ("none", "mean", "loo"),
+             f'baseline must be "none", "mean" or "loo", got {baseline!r}')
+    n = tau.shape[0]
+    size = n if group_size is None else group_size
+    _require(size >= 1 and n % size == 0, f"group_size must divide N = {n}, got {group_size}")
+    if tau.ndim == 1:
+        _require(discount is None, "discount needs tau per token, (N, L_new)")
+        labels = torch.ones_like(tau)[:, None]
+        reward = tau[:, None]
+    else:
+        _require(discount is not None and 0 <= discount <= 1,
+                 f"discount must be in [0, 1] when tau is per token, got {discount}")
+        _require(mask.shape == tau.shape,
+                 f"mask must have the shape of tau {tuple(tau.shape)}, got {tuple(mask.shape)}")
+        labels = (mask != 0).to(tau.dtype)
+        reward, columns = torch.zeros_like(tau[:, 0]), []
+        for column in (tau * labels).flip(1).unbind(1):
+            reward = column + discount * reward
+            columns.append(reward)
+        reward = torch.stack(columns[::-1], 1)
+    # Divide by the largest reward of the group first: squares of 1e-20 do not exist in float32.
+    labels = labels.view(-1, size, labels.shape[1])  # (groups, size, positions)
+    reward = reward.view_as(labels) * labels
+    unit = reward.abs().amax((1, 2), keepdim=True)  # (groups, 1, 1)
+    unit = torch.where(unit > 0, unit, 1)
+    reward = reward / unit
+    count = labels.sum(1, keepdim=True)  # (groups, 1, positions)
+    total = reward.sum(1, keepdim=True)
+    level = total / count.clamp(min=1)
+    high = torch.where(labels > 0, reward, -math.inf).amax(1, keepdim=True)
+    low = torch.where(labels > 0, reward, math.inf).amin(1, keepdim=True)
+    flat = (high - low <= (1e-12 if tau.dtype == torch.float64 else 1e-5)) & (count > 1)
+    centred = torch.where(flat, 0, reward - level) * labels
+    if baseline == "mean":
+        value = centred
+    elif baseline == "loo":
+        others = (total - reward) / (count - 1).clamp(min=1)  # nobody else: no baseline
+        value = torch.where(flat, 0, reward - others) * labels
+    else:
+        value = reward
+    if scale:
+        spread = (centred.square().sum((1, 2), keepdim=True) / labels.sum((1, 2), keepdim=True)).sqrt()
+        value = torch.where(spread > 0, value / spread, 0)
+    else:
+        value = value * unit
+    return value.reshape(tau.shape)
+
+
+def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+                         entropy: Tensor | None = None, entropy_coef: float = 0.0,
+                         kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
+    """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
+
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). The optional terms
+    -entropy_coef (1/N) sum_it H_it and +kl_coef (1/N) sum_it KL_it take what `token_log_probs` gives.
+    No token count stands in a denominator: dividing by it would favour some lengths.
+    """
+    _require(log_probs.shape == mask.shape, f"mask must have the shape of log_probs "
+             f"{tuple(log_probs.shape)}, got {tuple(mask.shape)}")
+    _require(advantages.shape in (log_probs.shape, log_probs.shape[:1]), "advantages must be (N,) or "
+             f"(N, L_new) with log_probs {tuple(log_probs.shape)}, got {tuple(advantages.shape)}")
+    n = log_probs.shape[0]
+    each = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
+    loss = -(each * log_probs * mask).sum() / n
+    for name, term, coef in (("entropy", entropy, -entropy_coef), ("kl", kl, kl_coef)):
+        _require(coef == 0 or term is not None, f"{name}_coef needs {name}, from token_log_probs")
+        if coef != 0:
+            loss = loss + coef * (term * mask).sum() / n
+    return loss
+
+
+class StepResult(NamedTuple):
+    """What one `dpg_step` saw."""
+
+    rollouts: Rollouts
+    attribution: Attribution
+    advantages: Tensor  # (N,) or (N, L_new)
+    entropy: float  # of the policy, nats per token
+    kl: float  # to the reference, nats per token (nan without one)
+
+
+def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts,
+             reward: Callable[[Examples], Attribution], *, samples: int, max_new_tokens: int,
+             start: int, seed: int, temperature: float = 1.0, group_size: int | None = None,
+             baseline: str = "none", scale: bool = False, discount: float | None = None,
+             entropy_coef: float = 0.0, kl_coef: float = 0.0,
+             reference: nn.Module | None = None) -> StepResult:
+    """One iteration of Algorithm 1: write a dataset, train on it, attribute, improve the writer.
+
+    `reward` maps the dataset to an object with `.tau`: for DPG, `metagradient` with the other arguments
+    bound (functools.partial). `start` is the token that begins a training row. `policy` and
+    `policy_optimizer` are changed in place; all else is as in the functions called.
+    """
+    rollouts = generate(policy, prompts, samples=samples, max_new_tokens=max_new_tokens,
+                        temperature=temperature, seed=seed)  # D ~ pi_theta
+    attribution = reward(rollouts.examples(start))  # tau = d Phi(A(w, D)) / d w
+    tau = attribution.tau
+    if tau.ndim == 2:
+        tau = tau[:, 1:]  # the start token is no action
+    credit = advantages(tau, rollouts.mask, group_size=group_size, baseline=baseline, scale=scale,
+                        discount=discount)
+    policy_optimizer.zero_grad()
+    log_probs, entropy, kl = token_log_probs(policy, rollouts, temperature=temperature, entropy=True,
+                                             reference=reference)
+    loss = policy_gradient_loss(log_probs, credit, rollouts.mask, entropy=entropy,
+                                entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef)
+    loss.backward()
+    policy_optimizer.step()
+    count = rollouts.mask.sum()
+    return StepResult(rollouts, attribution, credit, (entropy.sum() / count).item(),
+                      math.nan if kl is None else (kl.sum() / count).item())
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, message: str):
+    if not condition:
+        raise ValueError(message)
+
+
+def _ones(model, shape):
+    p = next(model.parameters())
+    return torch.ones(shape, dtype=p.dtype, device=p.device)
+
+
+def _logits(out, model):
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        raise TypeError(f"model must return logits (N, L, V) or an object with .logits; "
+                        f"{type(model).__name__} returned {type(logits).__name__}")
+    return logits
+
+
+def _check_examples(examples, name):
+    tokens, mask = examples
+    _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.shape[0] > 0,
+             f"{name}.tokens must be (N, L) int64, got {tuple(tokens.shape)} {tokens.dtype}")
+    _require(mask.shape == tokens.shape,
+             f"{name}.mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+    _require(bool(((mask == 0) | (mask == 1)).all()), f"{name}.mask must hold only 0 and 1")
+    _require(not bool(mask[:, 0].any()),
+             f"{name}.mask has a label in column 0, which no token precedes; put a start token there")
+    empty = (mask.sum(1) == 0).nonzero()
+    _require(not len(empty), f"{name}.mask has no label in row {int(empty[0]) if len(empty) else 0}")
+
+
+def _check_run(model, examples, steps):
+    _check_examples(examples, "examples")
+    n = examples.tokens.shape[0]
+    _require(isinstance(steps, int) and steps >= 1 and n % steps == 0,
+             f"steps must be a positive divisor of the number of examples, {n}; got {steps}")
+    for name, p in model.named_parameters():
+        _require(p.dtype in (torch.float32, torch.float64), f"model: {name} is {p.dtype}; second "
+                 "derivatives need float32 or float64 (model.float())")
+    _check_no_dropout(model)
+    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    _require(kernel in (None, "eager", "sdpa"), f"model: attention implementation {kernel!r} has no "
+             'second derivative; load it with from_pretrained(..., attn_implementation="sdpa")')
+
+
+def _check_no_dropout(model):
+    """Noise inside would make tau, and log pi, those of another function at every call."""
+    for name, module in model.named_modules():
+        rates = {k: v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        _require(not (module.training and any(rates.values())),
+                 f"model: active dropout in {name or type(module).__name__}; call model.eval()")
+
+
+def _check_policy(model):
+    if not hasattr(model, "generation_config"):
+        raise TypeError(f"model must be a policy with transformers' generate, got "
+                        f"{type(model).__name__}")
+    _check_no_dropout(model)
+
+
+def _check_prompts(prompts):
+    named = isinstance(prompts, Mapping)
+    tokens, mask = (prompts["input_ids"], prompts["attention_mask"]) if named else prompts
+    _require(tokens.ndim == 2 and tokens.shape == mask.shape,
+             f"prompts must be token ids and their attention mask of one shape (n, P), got "
+             f"{tuple(tokens.shape)} and {tuple(mask.shape)}")
+    _require(bool((mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all()),
+             'prompts must be padded on the left (padding_side="left")')
+    return tokens, mask
