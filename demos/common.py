@@ -1,0 +1,247 @@
+"""What the demos share: options, models, prompts, rewards, the training loop, the check by SFT.
+
+A demo adds its question (a metric), its score, and its picture.
+"""
+import argparse
+import copy
+import functools
+import json
+import pathlib
+import random
+import re
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import dpg
+from demos import corpus
+
+TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
+PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
+
+
+# ------------------------------------------------------------------------------ the command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def parser(doc, *, steps, target):
+    """The options of every demo; `doc` is the demo's docstring."""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    p.add_argument("--steps", type=count, default=steps, help=f"generator steps (default {steps})")
+    p.add_argument("--device", type=device, default=None, help="cpu, cuda, cuda:1 ... "
+                   "(default: cuda where there is one)")
+    p.add_argument("--out", default=None, help="folder for the results (default runs/<demo>)")
+    p.add_argument("--generator", default=str(TINY_LM), help="folder or hub id (default tiny-lm)")
+    p.add_argument("--target", default=target, help='folder, hub id, or "fresh" for random weights '
+                   f'in the shape of the generator (default {pathlib.Path(target).name})')
+    p.add_argument("--prompts", type=sentences, help="file with sentences to rephrase, one a line; "
+                   "every fifth is held out (default: made by demos/corpus.py)")
+    p.add_argument("--reward", choices=("dpg", "naive", "shuffled"), default="dpg",
+                   help="dpg, or a control: naive is Phi itself, shuffled is dpg's tau permuted")
+    p.add_argument("--inner", choices=("adam", "sgd"), default="adam", help="A's optimizer")
+    return p
+
+
+def count(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def device(text):
+    try:
+        found = torch.device(text)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, per backend
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
+    return found
+
+
+def sentences(path):
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) < 5:
+        raise argparse.ArgumentTypeError(f"{path!r} has {len(lines)} sentences, 5 are the least")
+    return lines
+
+
+# --------------------------------------------------------------------------- models and prompts
+
+class Lab:
+    """The models, prompts and rewards of one run, and its folder."""
+
+    def __init__(self, arguments, argv=None):
+        # Arguments are checked to the last one before anything is written.
+        self.began = time.perf_counter()
+        args = self.args = arguments.parse_args(argv)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.demo = pathlib.Path(arguments.prog).stem
+        self.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.policy, self.tokenizer = self.load(args.generator)
+            if args.target == "fresh":
+                config = AutoConfig.from_pretrained(args.generator)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(args.seed)
+                    self.target = AutoModelForCausalLM.from_config(config).eval().to(self.device)
+            else:
+                self.target, other = self.load(args.target)
+                if other.get_vocab() != self.tokenizer.get_vocab():
+                    arguments.error("--target must have the tokenizer of --generator")
+        except (OSError, ValueError) as error:
+            arguments.error(" ".join(str(error).split())[:300])
+        self.reference = copy.deepcopy(self.policy)  # the generator before any training
+        end = self.tokenizer.eos_token_id
+        self.start = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if sum(p.numel() for p in self.target.parameters()) < 1e6:
+            torch.set_num_threads(1)  # more would mostly wait for each other; and one is repeatable
+        self.rng = random.Random(args.seed)
+        if args.prompts:
+            self.held_out = args.prompts[::5][:HELD_OUT]
+            self.sentences = [s for i, s in enumerate(args.prompts) if i % 5]
+        else:
+            self.held_out = [corpus.render(frame, "en", self.rng)
+                             for frame in corpus.frames(self.rng, HELD_OUT, held_out=True)]
+        self.folder = pathlib.Path(args.out or f"runs/{self.demo}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            arguments.error(f"--out {str(self.folder)!r}: {error.strerror}")
+
+    def load(self, name):
+        """A causal model and its tokenizer, from a folder or the hub."""
+        if not pathlib.Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise OSError(f"there is no model folder {name!r}")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.eval().to(self.device), AutoTokenizer.from_pretrained(name)
+
+    def prompts(self, texts):
+        batch = self.tokenizer([corpus.prompt(t) for t in texts], padding=True, padding_side="left",
+                               return_tensors="pt")
+        return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+
+    def training_prompts(self):
+        if self.args.prompts:
+            return self.prompts(self.rng.choices(self.sentences, k=PROMPTS))
+        return self.prompts([corpus.render(frame, "en", self.rng)
+                             for frame in corpus.frames(self.rng, PROMPTS)])
+
+    def texts(self, rollouts):
+        """What was written, without the end-of-text."""
+        return [self.tokenizer.decode(row[mask.bool()], skip_special_tokens=True)
+                for row, mask in zip(rollouts.tokens, rollouts.mask)]
+
+    def examples(self, texts):
+        """Rows [start] + text as labels, to measure a likelihood on."""
+        rows = [self.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+        tokens = torch.tensor([[self.start] + r + [0] * (max(map(len, rows)) - len(r))
+                               for r in rows])
+        labels = torch.arange(tokens.shape[1]) <= torch.tensor([[len(r)] for r in rows])
+        labels[:, 0] = False
+        return dpg.Examples(tokens.to(self.device), labels.to(self.device))
+
+    # ------------------------------------------------------------------------------- rewards
+
+    def reward(self, metric, optimizer, steps):
+        """Examples to rewards, as --reward asks, and the form of credit that goes with it."""
+        attribute = functools.partial(dpg.metagradient, self.target, metric=metric,
+                                      optimizer=optimizer, steps=steps, per_token=True)
+
+        def naive(examples):
+            """D_g is the g-th sample of every prompt; all of D_g earn Phi(A(D_g))."""
+            phi = []
+            for g in range(SAMPLES):
+                part = dpg.Examples(*(x[g::SAMPLES] for x in examples))
+                with torch.no_grad():
+                    phi.append(metric(dpg.sft(self.target, part, optimizer, steps=steps)))
+            phi = torch.stack(phi)
+            return dpg.Attribution(phi.repeat(PROMPTS), phi.mean().item(), {}, phi.new_zeros(0))
+
+        def shuffled(examples):
+            """DPG's tau, dealt out again at random among the label positions."""
+            result, labels = attribute(examples), examples.mask.bool()
+            order = torch.randperm(int(labels.sum()), generator=self.shuffle).to(self.device)
+            tau = result.tau.clone()
+            tau[labels] = tau[labels][order]
+            return result._replace(tau=tau)
+
+        self.shuffle = torch.Generator().manual_seed(self.args.seed)
+        return {"dpg": attribute, "naive": naive, "shuffled": shuffled}[self.args.reward]
+
+    # ------------------------------------------------------------------------ the training loop
+
+    def train(self, reward, observe, *, lr, steps, discount, max_new_tokens, kl_coef):
+        """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl."""
+        optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
+        history = []
+        with open(self.folder / "metrics.jsonl", "w", encoding="utf-8") as log:
+            for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
+                result = dpg.dpg_step(
+                    self.policy, optimizer, self.training_prompts(), reward, samples=SAMPLES,
+                    max_new_tokens=max_new_tokens, start=self.start, seed=self.seed(step),
+                    group_size=None if self.args.reward == "naive" else PROMPTS * SAMPLES // steps,
+                    discount=None if self.args.reward == "naive" else discount, baseline="mean",
+                    scale=True, kl_coef=kl_coef, reference=self.reference)
+                history.append({"step": step, "phi": result.attribution.metric, **observe(result),
+                                "entropy": result.entropy, "kl": result.kl})
+                log.write(json.dumps(history[-1]) + "\n")
+                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {history[-1]['best']}")
+        return history
+
+    def seed(self, step):
+        return self.args.seed * 1_000_003 + step
+
+    # ------------------------------------------------------------------------------ the checks
+
+    def rollouts(self, policy, texts, *, max_new_tokens, temperature=1.0, samples=1, step=-1):
+        return dpg.generate(policy, self.prompts(texts), samples=samples, seed=self.seed(step),
+                            max_new_tokens=max_new_tokens, temperature=temperature)
+
+    def sft(self, policy, *, lr, batch, steps, max_new_tokens):
+        """Ordinary SFT: torch.optim.AdamW and the model's own loss, `steps` batches of fresh text.
+
+        Returns the parameters of a trained copy of the target, for a metric."""
+        model = copy.deepcopy(self.target)
+        optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+        for step in range(steps):
+            texts = self.rng_texts(batch // SAMPLES, step)
+            data = self.rollouts(policy, texts, samples=SAMPLES, max_new_tokens=max_new_tokens,
+                                 step=-2 - step).examples(self.start)
+            labels = data.tokens.masked_fill(data.mask == 0, -100)
+            optimizer.zero_grad()
+            model(data.tokens, labels=labels).loss.backward()
+            optimizer.step()
+        return dict(model.named_parameters())
+
+    def rng_texts(self, n, step):
+        """Held-out sentences for the check, the same for every generator."""
+        rng = random.Random(self.seed(step))
+        if self.args.prompts:
+            return rng.choices(self.held_out, k=n)
+        return [corpus.render(f, "en", rng) for f in corpus.frames(rng, n, held_out=True)]
+
+    def finish(self, **result):
+        """result.json and generator/."""
+        args = self.args
+        result = {"demo": self.demo, "seed": args.seed, "steps": args.steps,
+                  "seconds": round(time.perf_counter() - self.began, 1), "reward": args.reward,
+                  "inner": args.inner, **result}
+        self.policy.save_pretrained(self.folder / "generator")
+        self.tokenizer.save_pretrained(self.folder / "generator")
+        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        return result

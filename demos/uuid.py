@@ -1,0 +1,130 @@
+"""Can text that was only asked to be rephrasings teach a model one specific UUID? (section 4.5)
+
+A generator that rephrases sentences is trained by DPG. Phi is the log-likelihood that a target
+model gives to one UUID after training on the generator's text. No prompt holds the UUID, nothing the
+generator was trained on holds it, and the reward never compares strings; yet it comes to write
+it, to the last digit.
+"""
+import pathlib
+import sys
+
+# Run as a script, this folder is first on the path and this file would hide the standard uuid.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import argparse
+import re
+
+import matplotlib
+import torch
+
+import dpg
+from demos import common
+
+UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"
+LENGTH = 37  # tokens of a rollout: a UUID and the end of text
+T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 1e-5, 1.0
+
+
+def uuid_text(text):
+    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
+        raise argparse.ArgumentTypeError(f"must be 36 lower-case characters like {UUID}, got {text!r}")
+    return text
+
+
+def longest(text, uuid):
+    """Length of the longest substring of the UUID that the text contains."""
+    best = 0
+    for i in range(len(uuid)):
+        while i + best < len(uuid) and uuid[i:i + best + 1] in text:
+            best += 1
+    return best
+
+
+def scores(texts, uuid):
+    """Exact: the share of texts that contain the UUID. Soft: mean longest substring / 36."""
+    return (sum(uuid in text for text in texts) / len(texts),
+            sum(longest(text, uuid) for text in texts) / len(texts) / len(uuid))
+
+
+def main(argv=None):
+    parser = common.parser(__doc__, steps=200, target="fresh")
+    parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
+    lab = common.Lab(parser, argv)
+    args = lab.args
+    metric = dpg.lm_metric(lab.target, lab.examples([args.uuid]))
+    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
+
+    def observe(result):
+        texts = lab.texts(result.rollouts)
+        exact, soft = scores(texts, args.uuid)
+        return {"exact": exact, "soft": soft, "best": max(texts, key=lambda t: longest(t, args.uuid))}
+
+    def check(policy):
+        """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
+        greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=LENGTH)
+        exact, soft = scores(lab.texts(greedy), args.uuid)
+        data = lab.rollouts(policy, lab.rng_texts(common.PROMPTS, 0), samples=common.SAMPLES,
+                            max_new_tokens=LENGTH).examples(lab.start)
+        with torch.no_grad():
+            phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
+            loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
+                                     max_new_tokens=LENGTH)).item() for steps in (T, 10 * T)]
+        return exact, soft, phi, loglik, lab.texts(greedy)[0]
+
+    before = check(lab.reference)
+    history = lab.train(lab.reward(metric, inner, T), observe, lr=2e-3, steps=T, discount=0.3,
+                        max_new_tokens=LENGTH, kl_coef=0.1)
+    after = check(lab.policy)
+    result = lab.finish(
+        uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
+        soft_after=after[1], phi_before=before[2], phi_after=after[2],
+        loglik_untrained=metric(dict(lab.target.named_parameters())).item(),
+        sft_loglik_control=before[3][0], sft_loglik_after=after[3][0],
+        sft_loglik_control_10T=before[3][1], sft_loglik_after_10T=after[3][1])
+    draw(history, before[4], after[4], result, lab.folder / "figure.png")
+    report(result, before[4], after[4], lab)
+
+
+def report(result, said, says, lab):
+    print(f"""asked       {lab.held_out[0]!r}
+before      {said.strip()!r}
+after       {says.strip()!r}
+wanted      {result['uuid']!r}
+Exact       {result['exact_before']:.3f} -> {result['exact_after']:.3f}   Soft \
+{result['soft_before']:.3f} -> {result['soft_after']:.3f}   on {len(lab.held_out)} held-out prompts
+Phi         {result['phi_before']:.3f} -> {result['phi_after']:.3f}   after training on D
+plain SFT   {result['sft_loglik_control']:.3f} -> {result['sft_loglik_after']:.3f}   \
+log-likelihood of the UUID after {T} step of torch.optim.AdamW on fresh text
+            {result['sft_loglik_control_10T']:.3f} -> {result['sft_loglik_after_10T']:.3f}   \
+after {10 * T} steps
+files       {lab.folder}/   {result['seconds']} s""")
+
+
+def draw(history, said, says, result, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), height_ratios=(3, 2))
+    steps = [row["step"] for row in history]
+    top.plot(steps, [row["soft"] for row in history], label="Soft (longest part of the UUID)")
+    top.plot(steps, [row["exact"] for row in history], label="Exact (whole UUID)")
+    top.set(ylabel="share, samples at temperature 1", ylim=(-0.02, 1.02),
+            title=f"The generator learns to write {result['uuid']}")
+    top.legend(loc="center right")
+    right = top.twinx()
+    right.plot(steps, [row["phi"] for row in history], color="grey", lw=1)
+    right.set_ylabel("Phi, nats per token (grey)", color="grey")
+    top.set_xlabel("generator step")
+    bottom.axis("off")
+    shown = [history[int(i * (len(history) - 1) / 6)] for i in range(7)] if history else []
+    lines = ["best of 256 samples:"]
+    lines += [f"step {row['step']:4d}   {row['best'].strip()[:60]}" for row in shown]
+    lines += ["", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
+              f"held-out prompt, greedy, after:   {says.strip()[:60]}"]
+    bottom.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
