@@ -208,8 +208,9 @@ def _nll(model, params, examples):
     # Rows are padded on the right and the model is causal: no label sees what follows it, so no
     # attention mask is needed.
     logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
-    nll = F.cross_entropy(logits.transpose(1, 2), examples.tokens[:, 1:], reduction="none")
-    return nll * examples.mask[:, 1:]
+    labels = examples.tokens[:, 1:]
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return nll.view_as(labels) * examples.mask[:, 1:]
 
 
 def _call(model, params, tokens):

@@ -185,9 +185,11 @@ class Lab:
 
     # ------------------------------------------------------------------------ the training loop
 
-    def train(self, reward, observe, *, lr, steps, discount, max_new_tokens, kl_coef):
+    def train(self, reward, observe, *, lr, steps, discount, max_new_tokens, kl_coef, entropy_coef):
         """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
+        # The rate falls to zero: advantages have unit spread however little is left to learn.
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / self.args.steps)
         history = []
         with open(self.folder / "metrics.jsonl", "w", encoding="utf-8") as log:
             for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
@@ -196,7 +198,9 @@ class Lab:
                     max_new_tokens=max_new_tokens, start=self.start, seed=self.seed(step),
                     group_size=None if self.args.reward == "naive" else PROMPTS * SAMPLES // steps,
                     discount=None if self.args.reward == "naive" else discount, baseline="mean",
-                    scale=True, kl_coef=kl_coef, reference=self.reference)
+                    scale=True, kl_coef=kl_coef, reference=self.reference,
+                    entropy_coef=entropy_coef)
+                decay.step()
                 history.append({"step": step, "phi": result.attribution.metric, **observe(result),
                                 "entropy": result.entropy, "kl": result.kl})
                 log.write(json.dumps(history[-1]) + "\n")

@@ -54,7 +54,7 @@ def build_tokenizer():
 def build_model(tokenizer):
     end = tokenizer.eos_token_id
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=4,
+        vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=1, n_head=4,
         activation_function="relu",
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
         bos_token_id=end, eos_token_id=end, pad_token_id=end))

@@ -15,14 +15,13 @@ import argparse
 import re
 
 import matplotlib
-import torch
 
 import dpg
 from demos import common
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"
-LENGTH = 37  # tokens of a rollout: a UUID and the end of text
-T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 1e-5, 1.0
+LENGTH = 36  # tokens of a rollout; a UUID is one per character
+T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 3e-5, 1.0
 
 
 def uuid_text(text):
@@ -47,7 +46,7 @@ def scores(texts, uuid):
 
 
 def main(argv=None):
-    parser = common.parser(__doc__, steps=200, target="fresh")
+    parser = common.parser(__doc__, steps=150, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
     lab = common.Lab(parser, argv)
     args = lab.args
@@ -65,15 +64,14 @@ def main(argv=None):
         exact, soft = scores(lab.texts(greedy), args.uuid)
         data = lab.rollouts(policy, lab.rng_texts(common.PROMPTS, 0), samples=common.SAMPLES,
                             max_new_tokens=LENGTH).examples(lab.start)
-        with torch.no_grad():
-            phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
-            loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
-                                     max_new_tokens=LENGTH)).item() for steps in (T, 10 * T)]
+        phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
+        loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
+                                 max_new_tokens=LENGTH)).item() for steps in (T, 10 * T)]
         return exact, soft, phi, loglik, lab.texts(greedy)[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, lr=2e-3, steps=T, discount=0.3,
-                        max_new_tokens=LENGTH, kl_coef=0.1)
+    history = lab.train(lab.reward(metric, inner, T), observe, lr=4e-3, steps=T, discount=0.5,
+                        max_new_tokens=LENGTH, kl_coef=0.1, entropy_coef=0.03)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],

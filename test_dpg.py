@@ -1,0 +1,877 @@
+"""What dpg.py claims, each property against a truth that does not depend on it.
+
+float64 throughout; a tolerance is relative to the norm of the reference, "se" are standard errors.
+"Enumerated" is a policy over 7 texts (3 tokens, at most 2 long, token 0 ends the text) and a target
+so small that every dataset of n texts is trained on: expectations are sums, nothing is sampled.
+
+    property                                    oracle                                   tolerance
+ 1  SGD, AdamW, 10 steps                        torch.optim; sums over the history       1e-12
+    sft, losses, lm_metric                      a plain loop of torch.optim              1e-10
+ 2  tau, per example and per token              central differences of sft over weights  1e-6
+    sum over tokens of tau                      tau per example                          1e-10
+ 3  replay, also tied                           unroll                                   1e-10
+ 4  tau at T = 1                                closed forms for SGD and AdamW           1e-10
+ 5  grad F, enumerated, central differences in theta:
+    a  leave-one-out differences as rewards     equal, any optimizer and T               1e-7
+    b  DPG where Phi is affine in each weight   equal                                    1e-7
+       tau, on every dataset                    the leave-one-out difference             1e-10
+    c  DPG elsewhere                            SGD: error ~ lr^(1 +- 0.1), falls with B;
+                                                Adam: falls with eps_root; cosine        > 0.99
+    d  Phi itself as everybody's reward         equal, with a larger variance            1e-7
+ 6  generate to backward, sampled               the enumerated expectation               4 se
+    entropy, KL and their gradients             exact sums; central differences          1e-10, 1e-7
+ 7  credit per token, discount 1, affine        grad F; credit per example               1e-7
+    differences, losses from token t on out     grad F, any optimizer and T              1e-7
+ 8  leave-one-out baseline, tau_j not seeing    grad F (elsewhere: the shift, printed)   1e-7
+    x_i (T = 1, SGD, linear Phi)
+    advantages                                  a literal loop                           1e-12
+ 9  order, weights, padding, unit, no spread    the same run, changed                    1e-10, 0
+    no Hessian-vector product in the first step operation counts                         exact
+10  a flipped sign, no Hessian, eps_root outside the root, the usual token mean as the loss, B - 1
+    for B, truncated sampling, padding that is seen: a check above fails on each
+
+`pytest -s` prints what was measured: errors, slopes, variance ratios and the biases of baselines.
+"""
+
+import copy
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings, strategies as st
+from torch import nn
+from torch.autograd import grad
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
+
+from dpg import (SGD, AdamW, Attribution, Examples, Rollouts, advantages, dpg_step, generate,
+                 lm_metric, metagradient, policy_gradient_loss, sft, token_log_probs)
+
+settings.register_profile("dpg", derandomize=True, deadline=None, max_examples=8, database=None,
+                          phases=[Phase.generate])  # a smaller seed explains nothing
+settings.load_profile("dpg")
+torch.set_num_threads(1)  # tensors this small only make threads wait for each other
+disable_progress_bar()
+
+
+# ---------------------------------------------------------------- instances and small oracles
+
+def randn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(model, seed, scale=0.5):
+    """The model in float64 and evaluation mode, every parameter random: nothing is zero or one."""
+    model.double().eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = scale * randn(100 * seed + i, *parameter.shape)
+    return model
+
+
+class Bare(nn.Module):
+    """A target that is not from transformers: embedding, causal sum, tanh, linear head."""
+
+    def __init__(self, vocab=4, width=3):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).cumsum(1).tanh())
+
+
+def gpt2(vocab=4, seed=0, tied=True, **kwargs):
+    config = GPT2Config(vocab_size=vocab, n_positions=8, n_embd=8, n_layer=1, n_head=2,
+                        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, **kwargs)
+    return filled(GPT2LMHeadModel(config), seed)
+
+
+def batch(seed, n=4, length=5, vocab=4):
+    """Random tokens; labels with holes, and at least one in every row."""
+    mask = randn(seed, n, length) < 0.5
+    mask[:, 0], mask[:, 1] = False, True
+    return Examples((randn(seed + 1, n, length).abs() * 1000).long() % vocab, mask)
+
+
+def linear(model, seed=7):
+    """A metric that is linear in the parameters, every second one left out."""
+    slopes = {k: randn(seed + i, *p.shape)
+              for i, (k, p) in enumerate(model.named_parameters()) if i % 2 == 0}
+    return lambda params: sum((slope * params[k]).sum() for k, slope in slopes.items())
+
+
+def token_losses(model, params, data):
+    """The loss of every position, written again: mask * nll / L, nothing in column 0."""
+    logits = functional_call(model, params, (data.tokens,))
+    logits = getattr(logits, "logits", logits)[:, :-1]
+    chosen = logits.log_softmax(-1).gather(2, data.tokens[:, 1:, None])[..., 0]
+    return nn.functional.pad(-chosen * data.mask[:, 1:], (1, 0)) / data.tokens.shape[1]
+
+
+def start(model):
+    return {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+
+
+def central(f, x, h=1e-3):
+    """Fourth-order central differences of a scalar function, one coordinate of x at a time."""
+    slopes = []
+    for step in h * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape):
+        near, far = f(x + step) - f(x - step), f(x + 2 * step) - f(x - 2 * step)
+        slopes.append((8 * near - far) / (12 * h))
+    return torch.stack([torch.as_tensor(s, dtype=x.dtype) for s in slopes]).view_as(x)
+
+
+def vector(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def flat(params):
+    return vector(params[k] for k in sorted(params))
+
+
+def jacobian(values, params):
+    """d values / d params, (values, parameters), in the order of the dict."""
+    each = list(params.values())
+    return torch.stack([vector(grad(v, each, retain_graph=True, materialize_grads=True))
+                        for v in values])
+
+
+def error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def close(got, want, tolerance):
+    assert got.shape == want.shape and want.norm() > 0
+    off = error(got, want)
+    assert off <= tolerance, f"off by {off:.1e} of the reference"  # NaN fails too
+
+
+seeds = st.integers(0, 99)
+sgd = st.builds(SGD, lr=st.floats(0.05, 0.5))
+adamw = st.builds(AdamW, lr=st.floats(0.01, 0.1), betas=st.just((0.7, 0.9)), eps=st.just(1e-3),
+                  eps_root=st.floats(1e-3, 1e-1), weight_decay=st.floats(0.0, 0.5))
+optimizers = sgd | adamw
+models = st.builds(lambda seed: filled(Bare(), seed), seeds) | st.builds(
+    gpt2, seed=seeds, tied=st.booleans(), attn_implementation=st.sampled_from(["sdpa", "eager"]))
+
+
+# ---------------------------------------------------------------- 1: optimizers, sft, lm_metric
+
+def trajectory(optimizer, params, grads):
+    state = optimizer.init(params)
+    for g in grads:
+        params, state = optimizer.update(params, g, state)
+    return params
+
+
+TWINS = [
+    (SGD(0.3), partial(torch.optim.SGD, lr=0.3)),
+    (AdamW(0.03, (0.8, 0.97), 1e-3, 0.0, 0.2),
+     partial(torch.optim.AdamW, lr=0.03, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.2)),
+]
+
+
+@pytest.mark.parametrize("ours, theirs", TWINS, ids=["SGD", "AdamW"])
+def test_1_optimizers_are_those_of_torch(ours, theirs):
+    params = {"a": randn(0, 3, 4), "b": randn(1, 5)}
+    grads = [{k: randn(10 * t + len(k), *p.shape) for k, p in params.items()} for t in range(10)]
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    optimizer = theirs(list(leaves.values()))
+    for g in grads:
+        for k, leaf in leaves.items():
+            leaf.grad = g[k].clone()
+        optimizer.step()
+    trained = trajectory(ours, params, grads)
+    for k in params:
+        close(trained[k], leaves[k].detach(), 1e-12)
+        assert (params[k] == randn("ab".index(k), *params[k].shape)).all()  # inputs not changed
+
+
+def test_1_eps_root_stands_inside_the_root():
+    opt, T = AdamW(0.1, (0.8, 0.9), 1e-3, 0.5, 0.2), 10
+    g, p = randn(0, T, 6), randn(1, 6)
+    want = p
+    for t in range(1, T + 1):
+        m = sum(0.8 ** (t - k) * 0.2 * g[k - 1] for k in range(1, t + 1)) / (1 - 0.8**t)
+        v = sum(0.9 ** (t - k) * 0.1 * g[k - 1] ** 2 for k in range(1, t + 1)) / (1 - 0.9**t)
+        want = want - 0.1 * (m / ((v + 0.5).sqrt() + 1e-3) + 0.2 * want)
+    close(trajectory(opt, {"p": p}, [{"p": row} for row in g])["p"], want, 1e-12)
+
+
+def plain_loop(model, data, optimizer, weights, steps):
+    """Supervised fine-tuning as anybody writes it; weights (N, 1) or (N, L)."""
+    model, losses = copy.deepcopy(model), []
+    optimizer = optimizer(model.parameters())
+    for rows in torch.arange(len(weights)).chunk(steps):
+        minibatch = Examples(data.tokens[rows], data.mask[rows])
+        each = token_losses(model, dict(model.named_parameters()), minibatch)
+        loss = (weights[rows] * each).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return start(model), torch.stack(losses)
+
+
+@pytest.mark.parametrize("ours, theirs", TWINS, ids=["SGD", "AdamW"])
+@given(model=models, seed=seeds, steps=st.sampled_from([1, 2, 4]))
+@settings(max_examples=5)
+def test_1_sft_is_a_plain_training_loop(ours, theirs, model, seed, steps):
+    data, weights, ones = batch(seed), randn(seed, 4, 5).abs(), torch.ones(4, 1)
+    for given_weights, columns in ((weights, weights), (weights[:, 0], weights[:, :1])):
+        want, _ = plain_loop(model, data, theirs, columns, steps)
+        close(flat(sft(model, data, ours, weights=given_weights, steps=steps)), flat(want), 1e-10)
+    params, losses = plain_loop(model, data, theirs, ones, steps)
+    if isinstance(ours, AdamW):
+        ours = replace(ours, eps_root=1e-24)  # at 0 the second derivative of sqrt(0) is NaN
+    result = metagradient(model, data, lm_metric(model, data), ours, steps=steps)
+    close(flat(result.params), flat(params), 1e-10)
+    close(result.losses, losses, 1e-10)
+    mean = -5 * token_losses(model, params, data).sum() / data.mask.sum()
+    close(torch.tensor(result.metric, dtype=mean.dtype), mean.detach(), 1e-10)
+
+
+# ---------------------------------------------------------------- 2, 3, 4: tau
+
+def check_differences(tau_of, model, data, metric, optimizer, steps, per_token=False):
+    ones = torch.ones(data.mask.shape if per_token else data.mask.shape[:1], dtype=torch.float64)
+
+    def phi(weights):
+        return metric(sft(model, data, optimizer, weights=weights, steps=steps)).detach()
+
+    extra = {"per_token": True} if per_token else {}
+    result = tau_of(model, data, metric, optimizer, steps=steps, **extra)
+    close(result.tau, central(phi, ones, 1e-3), 1e-6)
+    assert abs(result.metric - phi(ones).item()) <= 1e-12
+
+
+@given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 3, 4]))
+@settings(max_examples=12)
+def test_2_tau_is_the_derivative(model, seed, optimizer, steps):
+    data, metric = batch(seed, n=2 * steps), lm_metric(model, batch(seed + 50))
+    check_differences(metagradient, model, data, metric, optimizer, steps)
+
+
+@given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 3, 4]))
+def test_2_tau_per_token(model, seed, optimizer, steps):
+    data, metric = batch(seed, n=steps, length=4), linear(model)
+    check_differences(metagradient, model, data, metric, optimizer, steps, per_token=True)
+    tau = metagradient(model, data, metric, optimizer, steps=steps, per_token=True).tau
+    close(tau.sum(1), metagradient(model, data, metric, optimizer, steps=steps).tau, 1e-10)
+    assert (tau[~data.mask] == 0).all()
+
+
+@given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 3, 4]),
+       per_token=st.booleans(), frozen=st.booleans())
+@settings(max_examples=15)
+def test_3_replay_is_unroll(model, seed, optimizer, steps, per_token, frozen):
+    data, metric = batch(seed, n=2 * steps), lm_metric(model, batch(seed + 50))
+    list(model.parameters())[1].requires_grad = not frozen
+    run = partial(metagradient, model, data, metric, optimizer, steps=steps, per_token=per_token)
+    one, two = run(method="unroll"), run(method="replay")
+    close(two.tau, one.tau, 1e-10)
+    close(two.losses, one.losses, 1e-10)
+    close(flat(two.params), flat(one.params), 1e-10)
+    assert abs(two.metric - one.metric) <= 1e-10
+    name, constant = list(model.named_parameters())[1]
+    assert list(one.params) == list(two.params) == [k for k, _ in model.named_parameters()]
+    assert frozen == torch.equal(one.params[name], constant.detach())
+
+
+def check_closed_form(tau_of, model, data, metric, optimizer):
+    params = start(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = token_losses(model, params, data).sum(1)
+    rows, n, o = jacobian(losses, params), len(losses), optimizer
+    g = rows.mean(0)
+    if isinstance(o, SGD):
+        update, slope, decay = g, torch.ones_like(g), 0.0
+    else:
+        s = (g**2 + o.eps_root).sqrt()
+        update, slope = g / (s + o.eps), (o.eps_root / s + o.eps) / (s + o.eps) ** 2
+        decay = o.weight_decay
+    trained = (1 - o.lr * decay) * vector(params.values()) - o.lr * update
+    pieces = trained.split([p.numel() for p in params.values()])
+    after = {k: x.view_as(p).requires_grad_() for (k, p), x in zip(params.items(), pieces)}
+    want = -o.lr / n * rows @ (slope * jacobian([metric(after)], after)[0])
+    close(tau_of(model, data, metric, optimizer).tau, want, 1e-10)
+
+
+@given(model=models, seed=seeds, optimizer=optimizers)
+@settings(max_examples=12)
+def test_4_closed_forms_at_one_step(model, seed, optimizer):
+    metric = lm_metric(model, batch(seed + 50))
+    check_closed_form(metagradient, model, batch(seed), metric, optimizer)
+
+
+# ---------------------------------------------------------------- 5: the true gradient, enumerated
+
+TEXTS = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])  # 0 ends the text
+LABELS = torch.tensor([[1, 0]] + 6 * [[1, 1]])
+START = 3
+THETA = randn(3, 3, 3)  # the policy: logits of the next token, a row for each token before
+TARGET = filled(Bare(), 5, scale=0.7)
+WANTED = Examples(torch.tensor([[START, 1, 2], [START, 2, 0]]), torch.tensor([[0, 1, 1]] * 2))
+LIKELIHOOD, LINEAR = lm_metric(TARGET, WANTED), linear(TARGET)
+
+
+def log_pi(theta):
+    """log pi of every token of every text, (7, 2)."""
+    before = torch.stack([torch.zeros(7, dtype=int), TEXTS[:, 0]], 1)
+    return theta.log_softmax(1)[before, TEXTS] * LABELS
+
+
+@cache
+def datasets(n):
+    """All datasets of n texts as indices into TEXTS, (7^n, n)."""
+    return torch.cartesian_prod(*[torch.arange(7)] * n).view(-1, n)
+
+
+def probability(theta, n):
+    return log_pi(theta).sum(1).exp()[datasets(n)].prod(1)
+
+
+def true_gradient(phi, n):
+    """The gradient of F(theta) = sum_D pi(D) Phi(A(D)); A(D) itself does not depend on theta."""
+    return central(lambda theta: probability(theta, n) @ phi, THETA).flatten()
+
+
+def expectation(credit):
+    """Of sum_it credit_it grad log pi(x_it): its mean and, summed over theta, its variance.
+
+    credit is (datasets, n) per text, or (datasets, n, 2) per token.
+    """
+    n, score = credit.shape[1], jacrev(log_pi)(THETA).flatten(2)  # (7, 2, 9)
+    credit = credit.reshape(len(credit), n, -1).expand(-1, -1, 2)
+    p, each = probability(THETA, n), torch.einsum("dit,ditp->dp", credit, score[datasets(n)])
+    mean = p @ each
+    return mean, (p @ (each - mean) ** 2).sum().item()
+
+
+def training_set(dataset, repeat):
+    """As the contract says: [start] + text; `repeat` full batches make T = repeat."""
+    rows = dataset.repeat(repeat)
+    return Examples(nn.functional.pad(TEXTS[rows], (1, 0), value=START),
+                    nn.functional.pad(LABELS[rows], (1, 0)))
+
+
+@cache
+def attribute(n, optimizer, metric, steps=1, repeat=1, per_token=False):
+    """Phi (7^n,) and tau (7^n, n) or (7^n, n, 2) of every dataset."""
+    results = [metagradient(TARGET, training_set(d, repeat), metric, optimizer, steps=steps,
+                            per_token=per_token) for d in datasets(n)]
+    tau = torch.stack([r.tau.view(repeat, n, -1).sum(0) for r in results])
+    phi = torch.tensor([r.metric for r in results], dtype=torch.float64)
+    return phi, tau[..., 1:] if per_token else tau[..., 0]
+
+
+TEXT = torch.tensor([[1.0, 1, 1]])  # columns of a training row whose loss sees the text,
+TOKEN = torch.tensor([[0.0, 1, 1], [0, 0, 1]])  # or token t of it
+
+
+def left_out(n, optimizer, metric, steps=1, repeat=1, drop=TEXT, train=sft):
+    """Phi(w = 1), (7^n,), and what it loses without the loss terms that see x_i, (7^n, n, 1), or
+    token t of x_i, (7^n, n, 2)."""
+    ones = torch.ones(n, 3, dtype=torch.float64)
+    without = ones - torch.einsum("ij,ts->itjs", torch.eye(n), drop)
+
+    def phi(dataset, w):
+        data, w = training_set(dataset, repeat), w.repeat(repeat, 1)
+        return metric(train(TARGET, data, optimizer, weights=w, steps=steps)).item()
+
+    whole = torch.tensor([phi(d, ones) for d in datasets(n)], dtype=torch.float64)
+    rest = [[[phi(d, w) for w in row] for row in without] for d in datasets(n)]
+    return whole, whole[:, None, None] - torch.tensor(rest, dtype=torch.float64)
+
+
+def check_unbiased(phi, credit):
+    close(expectation(credit)[0], true_gradient(phi, credit.shape[1]), 1e-7)
+
+
+def bias(phi, credit):
+    return error(expectation(credit)[0], true_gradient(phi, credit.shape[1]))
+
+
+runs = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3)])  # (T, full batches; 1: one pass)
+
+
+@given(optimizer=optimizers, run=runs)
+def test_5a_leaving_one_out_is_exact(optimizer, run):
+    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, *run))
+
+
+def test_5a_with_three_examples_one_a_step():
+    check_unbiased(*left_out(3, AdamW(0.1, (0.7, 0.9), eps_root=1e-4), LIKELIHOOD, 3))
+
+
+def check_difference(train):
+    """Where Phi is affine, tau is the leave-one-out difference on every single dataset."""
+    _, difference = left_out(2, SGD(0.5), LINEAR, train=train)
+    close(attribute(2, SGD(0.5), LINEAR)[1], difference[..., 0], 1e-10)
+
+
+@given(lr=st.floats(0.1, 2.0), n=st.sampled_from([1, 2]))
+def test_5b_dpg_is_exact_where_phi_is_affine(lr, n):
+    check_unbiased(*attribute(n, SGD(lr), LINEAR))
+    check_difference(sft)
+
+
+def test_5c_sgd_error_is_proportional_to_lr_and_falls_with_the_batch():
+    lrs = torch.tensor([0.1, 0.01, 0.001])
+    errors = torch.tensor([bias(*attribute(2, SGD(lr.item()), LIKELIHOOD, 3, 3)) for lr in lrs])
+    slopes = errors.log().diff() / lrs.log().diff()
+    print("\nSGD, T = 3, B = 2: relative error", errors.tolist(), "slopes", slopes.tolist())
+    assert ((slopes - 1).abs() <= 0.1).all()
+    errors = [bias(*attribute(n, SGD(0.3), LIKELIHOOD, 2, 2)) for n in (1, 2, 3)]
+    print("SGD, T = 2, B = 1, 2, 3: relative error", errors)
+    assert errors[0] > 1.5 * errors[1] and errors[1] > 1.3 * errors[2]
+
+
+def test_5c_adam_needs_eps_root_above_the_squared_gradients():
+    params = start(TARGET)
+    losses = token_losses(TARGET, params, training_set(torch.arange(7), 1)).sum(1)
+    g2 = jacobian(losses, params).square().max().item()  # a minibatch's are no larger
+    found = []
+    for factor in (1e-4, 1e-2, 1, 10, 100):
+        phi, tau = attribute(2, AdamW(0.1, eps_root=factor * g2), LIKELIHOOD)
+        estimate, truth = expectation(tau)[0], true_gradient(phi, 2)
+        found.append((error(estimate, truth), torch.cosine_similarity(estimate, truth, 0).item()))
+        print(f"\nAdam, T = 1, n = 2, eps_root = {factor:g} max g^2: relative error "
+              f"{found[-1][0]:.4f}, cosine {found[-1][1]:.4f}", end="")
+    errors = [e for e, _ in found]
+    assert errors[2] > 2 * errors[3] > 4 * errors[4]
+    assert found[3][1] > 0.99 and found[4][1] > 0.99  # the healthy regime
+    assert found[0][1] < 0.9  # and the saturated one
+
+
+def test_5d_the_naive_reward_is_unbiased_and_varies_more():
+    """A constant off all rewards changes no expectation: centring both is the fair comparison.
+    Uncentred, the ratio measures nothing but the offset of Phi."""
+    for n in (1, 2, 3):
+        phi, tau = attribute(n, SGD(0.3), LIKELIHOOD)
+        naive, p = phi[:, None].expand(-1, n), probability(THETA, n)
+        check_unbiased(phi, naive)
+        plain, centred, dpg, dpg_centred = (expectation(c)[1] for c in (
+            naive, naive - p @ phi, tau, tau - p @ tau))
+        print(f"\nvariance of naive over DPG, n = {n}: {plain / dpg:.0f} uncentred; naive centred "
+              f"{centred / dpg:.2f}; both centred {centred / dpg_centred:.2f}", end="")
+        assert 0.7 * n < centred / dpg_centred < 1.3 * n and plain > 50 * centred
+
+
+# ---------------------------------------------------------------- 6: the sampled estimator
+
+def prompts_of(*rows):
+    width = max(map(len, rows))
+    pad = [width - len(row) for row in rows]
+    return (torch.tensor([[0] * p + row for p, row in zip(pad, rows)]),
+            torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pad, rows)]))
+
+
+def next_token(policy, params, prompt, texts, temperature):
+    """log pi of every next token, (texts, L_new, V), without padding."""
+    rows = torch.cat([torch.tensor(prompt).expand(len(texts), -1), texts], 1)
+    logits = functional_call(policy, params, (rows,)).logits[:, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(2)
+
+
+def check_sampled(policy, prompts, texts, labels, tau, temperature, draw=generate,
+                  score=token_log_probs, samples=3000):
+    """A dataset is one text for each prompt. tau (M,) * len(prompts) + (prompts,) rewards it."""
+    n, params = len(prompts), start(policy)
+    p, scores = [], []
+    for prompt in prompts:
+        each = next_token(policy, params, prompt, texts, temperature)
+        each = (each.gather(2, texts[..., None])[..., 0] * labels).sum(1)  # log pi of a text
+        p.append(each.detach().exp())
+        scores.append(jacobian(each, params))
+    index = torch.cartesian_prod(*[torch.arange(len(texts))] * n).view(-1, n)
+    chance = torch.stack([p[i][index[:, i]] for i in range(n)]).prod(0)
+    credit = tau.reshape(-1, n)
+    every = sum(credit[:, i, None] * scores[i][index[:, i]] for i in range(n))
+    mean = chance @ every
+    se = ((chance @ (every - mean) ** 2) / samples).sqrt()
+
+    rollouts = draw(policy, prompts_of(*prompts), samples=samples, max_new_tokens=texts.shape[1],
+                    temperature=temperature, seed=0)
+    same = (rollouts.tokens * rollouts.mask)[:, None] == texts * labels
+    which = same.all(2).int().argmax(1).view(n, samples)
+    assert (rollouts.mask == labels[which.flatten()]).all()
+    rewards = tau[tuple(which)]  # (samples, n)
+    log_probs = score(policy, rollouts, temperature=temperature)
+    credit = advantages(rewards.T.flatten(), rollouts.mask, baseline="none")
+    loss = policy_gradient_loss(log_probs, credit, rollouts.mask)
+    estimate = -n * jacobian([loss], dict(policy.named_parameters()))[0]  # of N = n * samples rows
+    assert mean.abs().max() > 10 * se[mean.abs().argmax()]  # sampled enough to tell
+    assert ((estimate - mean).abs() <= 4 * se + 1e-12).all(), "off by more than 4 standard errors"
+
+
+def narrow_checkpoint(folder):
+    """A policy over 53 tokens whose own generation config would bend what it samples from."""
+    policy = gpt2(53, seed=1)
+    policy.generation_config.update(do_sample=True, top_k=2, min_p=0.2)
+    policy.save_pretrained(folder)
+    policy = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64).eval()
+    assert policy.generation_config.top_k == 2
+    target = filled(Bare(54), 2)
+    texts = torch.arange(53)[:, None]
+    rows = nn.functional.pad(texts, (1, 0), value=53)
+    wanted = Examples(rows[:2], torch.tensor([[0, 1]] * 2))
+    tau = [metagradient(target, Examples(row[None], wanted.mask[:1]), lm_metric(target, wanted),
+                        SGD(1.0)).tau for row in rows]
+    return policy, [[1, 2]], texts, torch.ones_like(texts), torch.stack(tau), 1.0
+
+
+def padded_prompts(_):
+    _, tau = attribute(2, AdamW(0.1, eps_root=0.1), LIKELIHOOD)
+    return gpt2(3, seed=3), [[1], [2, 1, 1]], TEXTS, LABELS, tau.view(7, 7, 2), 0.8
+
+
+@pytest.mark.parametrize("case", [narrow_checkpoint, padded_prompts])
+def test_6_sampled_mean(case, tmp_path):
+    check_sampled(*case(tmp_path))
+
+
+def test_6_entropy_and_kl_are_exact():
+    policy, other, prompts, temperature = gpt2(3, seed=3), gpt2(3, seed=4), [[1], [2, 1, 1]], 0.8
+    tokens, mask = (x.repeat_interleave(7, 0) for x in prompts_of(*prompts))
+    rollouts = Rollouts(tokens, mask, TEXTS.repeat(2, 1), LABELS.repeat(2, 1))
+    found = token_log_probs(policy, rollouts, temperature=temperature, entropy=True,
+                            reference=other)
+
+    def exact(params):  # of next-token distributions, (prompts, texts, L_new)
+        pairs = [(next_token(policy, params, p, TEXTS, temperature),
+                  next_token(other, start(other), p, TEXTS, temperature).detach()) for p in prompts]
+        entropy = torch.stack([-(a.exp() * a).sum(2) for a, _ in pairs]) * LABELS
+        return entropy, torch.stack([(a.exp() * (a - b)).sum(2) for a, b in pairs]) * LABELS
+
+    entropy, kl = (x.detach() for x in exact(start(policy)))
+    close(found.entropy.detach().view(2, 7, 2), entropy, 1e-10)
+    close(found.kl.detach().view(2, 7, 2), kl, 1e-10)
+    # The sums over positions average to the entropy and the KL of whole texts (chain rule).
+    log_p = found.log_probs.detach().view(2, 7, 2).sum(2)
+    log_q = token_log_probs(other, rollouts, temperature=temperature).detach().view(2, 7, 2).sum(2)
+    close(log_p.exp().sum(1), torch.ones(2, dtype=torch.float64), 1e-10)
+    close((log_p.exp() * entropy.sum(2)).sum(1), -(log_p.exp() * log_p).sum(1), 1e-10)
+    close((log_p.exp() * kl.sum(2)).sum(1), (log_p.exp() * (log_p - log_q)).sum(1), 1e-10)
+
+    loss = policy_gradient_loss(found.log_probs, torch.zeros(14), rollouts.mask, kl=found.kl,
+                                kl_coef=0.7, entropy=found.entropy, entropy_coef=0.3)
+    slopes, zero = grad(loss, list(policy.parameters())), torch.zeros((), dtype=torch.float64)
+    got, want = [], []
+    for seed in range(5):
+        directions = [randn(50 * seed + i, *p.shape) for i, p in enumerate(policy.parameters())]
+
+        def moved(x):
+            named = zip(policy.named_parameters(), directions)
+            entropy, kl = exact({k: p.detach() + x * d for (k, p), d in named})
+            return ((0.7 * kl - 0.3 * entropy).sum() / 14).detach()
+
+        got.append(sum((g * d).sum() for g, d in zip(slopes, directions)))
+        want.append(central(moved, zero))
+    close(torch.stack(got), torch.stack(want), 1e-7)
+
+
+def test_6_a_step_is_its_parts():
+    policy, twin, reference = gpt2(3, seed=3), gpt2(3, seed=3), gpt2(3, seed=4)
+    prompts, how = prompts_of([1], [2, 1, 1]), dict(samples=4, max_new_tokens=2, seed=5)
+    reward = partial(metagradient, TARGET, metric=LIKELIHOOD, optimizer=SGD(0.3), per_token=True)
+    result = dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.5), prompts, reward,
+                      start=START, temperature=0.8, group_size=4, baseline="loo", scale=True,
+                      discount=0.5, entropy_coef=0.1, kl_coef=0.2, reference=reference, **how)
+    rollouts = generate(twin, prompts, temperature=0.8, **how)
+    assert torch.equal(rollouts.tokens, result.rollouts.tokens)
+    tau = reward(rollouts.examples(START)).tau[:, 1:]
+    credit = advantages(tau, rollouts.mask, group_size=4, baseline="loo", scale=True, discount=0.5)
+    close(result.advantages, credit, 1e-12)
+    found = token_log_probs(twin, rollouts, temperature=0.8, entropy=True, reference=reference)
+    objective = (credit * found.log_probs + 0.1 * found.entropy - 0.2 * found.kl).sum() / 8
+    want = {k: p + 0.5 * g for (k, p), g in
+            zip(twin.named_parameters(), grad(objective, list(twin.parameters())))}
+    close(flat(dict(policy.named_parameters())), flat(want), 1e-10)
+
+
+def test_6_rollouts_and_what_stays_untouched():
+    policy, (tokens, mask) = gpt2(3, seed=3), prompts_of([1], [2, 1, 1])
+    target = filled(Bare(), 1).train()
+    before, random = flat(start(policy)), torch.get_rng_state()
+    draw = partial(generate, policy, samples=50, max_new_tokens=4)
+    one = draw((tokens, mask), seed=1)
+    two = draw({"input_ids": tokens, "attention_mask": mask}, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    assert not torch.equal(one.tokens, draw((tokens, mask), seed=2).tokens)
+    assert torch.equal(one.prompt_tokens, tokens.repeat_interleave(50, 0))  # samples are adjacent
+    assert torch.equal(one.prompt_mask, mask.repeat_interleave(50, 0))
+    for rollouts, end in (one, 0), (draw((tokens, mask), seed=1, eos_token_id=1), 1):
+        lengths = [row.index(end) + 1 if end in row else 4 for row in rollouts.tokens.tolist()]
+        assert rollouts.mask.tolist() == [[1] * k + [0] * (4 - k) for k in lengths]
+    rows = one.examples(START)
+    assert (rows.tokens[:, 0] == START).all() and not rows.mask[:, 0].any()
+    assert torch.equal(rows.tokens[:, 1:], one.tokens) and torch.equal(rows.mask[:, 1:], one.mask)
+    kept, weights = copy.deepcopy(rows), flat(start(target))
+    metagradient(target, rows, lm_metric(target, rows), AdamW(0.1), steps=2)
+    assert target.training and torch.equal(flat(start(target)), weights)
+    assert all(p.grad is None for p in target.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(rows, kept))
+    assert torch.equal(flat(start(policy)), before) and torch.equal(torch.get_rng_state(), random)
+
+
+# ---------------------------------------------------------------- 7, 8: credit, baselines
+
+def credit(tau, **how):
+    """`advantages` of every dataset at once, each a group."""
+    n = tau.shape[1]
+    labels = LABELS[datasets(n)].flatten(0, 1)
+    return advantages(tau.flatten(0, 1), labels, group_size=n, **how).view(tau.shape)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_7_credit_per_token_is_exact_where_phi_is_affine(n):
+    phi, tau = attribute(n, SGD(0.5), LINEAR)
+    _, tokens = attribute(n, SGD(0.5), LINEAR, per_token=True)
+    whole, now = (credit(tokens, discount=d) for d in (1.0, 0.0))
+    check_unbiased(phi, whole)
+    close(expectation(whole)[0], expectation(tau)[0], 1e-7)
+    variances = [expectation(c)[1] / expectation(tau)[1] for c in (whole, now)]
+    print(f"\nn = {n}: variance over that of credit per text, discount 1: {variances[0]:.3f}, "
+          f"0: {variances[1]:.3f}; bias of discount 0: {bias(phi, now):.3f}", end="")
+    assert variances[1] < variances[0] and bias(phi, now) > 0.01
+
+
+@given(optimizer=optimizers, run=runs)
+@settings(max_examples=5)
+def test_7_leaving_out_the_losses_that_see_a_token_is_exact(optimizer, run):
+    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, *run, drop=TOKEN))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_8_baselines_where_tau_sees_its_own_example_only(n):
+    phi, tau = attribute(n, SGD(0.5), LINEAR)
+    check_unbiased(phi, credit(tau, baseline="loo"))
+    close(expectation(credit(tau, baseline="mean"))[0], (1 - 1 / n) * true_gradient(phi, n), 1e-7)
+    _, tokens = attribute(n, SGD(0.5), LINEAR, per_token=True)
+    check_unbiased(phi, credit(tokens, baseline="loo", discount=1.0))
+
+
+def test_8_baselines_elsewhere_cost_bias():
+    """tau_j sees x_i through the run they share, so subtracting it moves the expectation."""
+    for n in (2, 3):
+        cases = {"SGD, one example a step, linear Phi": (SGD(0.3), LINEAR, n),
+                 "SGD, T = 1": (SGD(0.3), LIKELIHOOD),
+                 "Adam, T = 1": (AdamW(0.1, eps_root=0.1), LIKELIHOOD)}
+        for name, case in cases.items():
+            phi, tau = attribute(n, *case)
+            loo, truth = credit(tau, baseline="loo"), true_gradient(phi, n)
+            (plain, variance), (moved, less) = expectation(tau), expectation(loo)
+            extra = ((moved - plain).norm() / truth.norm()).item()
+            print(f"\n{name}, n = {n}: relative bias {error(plain, truth):.4f}, with leave-one-out "
+                  f"{error(moved, truth):.4f}, the two {extra:.4f} apart; variance "
+                  f"{less / variance:.2f} of DPG's", end="")
+            assert extra > 1e-3
+
+
+@given(seed=seeds, groups=st.sampled_from([1, 2]), size=st.sampled_from([1, 2, 4]),
+       baseline=st.sampled_from(["none", "mean", "loo"]), scale=st.booleans(),
+       discount=st.sampled_from([None, 0.0, 0.7, 1.0]))
+@settings(max_examples=60)
+def test_8_advantages_are_those_of_a_literal_loop(seed, groups, size, baseline, scale, discount):
+    mask = torch.arange(4) < torch.randint(1, 5, (groups * size, 1),
+                                           generator=torch.Generator().manual_seed(seed))
+    tau = randn(seed, groups * size) if discount is None else randn(seed, groups * size, 4) * mask
+    got = advantages(tau, mask, group_size=size, baseline=baseline, scale=scale, discount=discount)
+    if discount is None:
+        tau, got, mask, discount = tau[:, None], got[:, None], torch.ones(len(tau), 1), 0.0
+    for first in range(0, groups * size, size):
+        value = {(i, t): sum(discount ** (s - t) * tau[i, s].item() for s in range(t, len(tau[i])))
+                 for i, t in mask.nonzero().tolist() if first <= i < first + size}
+
+        def mean(t, but=None):
+            column = [v for (j, u), v in value.items() if u == t and j != but]
+            return sum(column) / max(len(column), 1)
+
+        spread = (sum((v - mean(t)) ** 2 for (_, t), v in value.items()) / len(value)) ** 0.5
+        for (i, t), v in value.items():
+            want = v - {"none": 0.0, "mean": mean(t), "loo": mean(t, but=i)}[baseline]
+            if scale:
+                want = want / spread if spread else 0.0
+            assert abs(got[i, t].item() - want) <= 1e-12 * (1 + abs(want))
+
+
+# ---------------------------------------------------------------- 9: invariances, cost, refusals
+
+@given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2]))
+def test_9_order_within_a_minibatch_and_padding_change_nothing(model, seed, optimizer, steps):
+    data, metric = batch(seed, n=6), lm_metric(model, batch(seed + 50))
+    data.mask[:, 3:] = False
+    tau = metagradient(model, data, metric, optimizer, steps=steps).tau
+    order = torch.tensor([2, 0, 1, 5, 3, 4])  # stays inside a minibatch of 3 or 6
+    moved = Examples(data.tokens[order], data.mask[order])
+    close(metagradient(model, moved, metric, optimizer, steps=steps).tau, tau[order], 1e-10)
+    data.tokens[:, 3:] = (data.tokens[:, 3:] + 1) % 4
+    close(metagradient(model, data, metric, optimizer, steps=steps).tau, tau, 1e-10)
+
+
+@given(model=models, seed=seeds, optimizer=optimizers)
+@settings(max_examples=5)
+def test_9_twice_the_weight_is_the_row_twice(model, seed, optimizer):
+    data = batch(seed, n=2)
+    twice = Examples(data.tokens[[0, 0]], data.mask[[0, 0]])
+    weights = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    trained, want = sft(model, data, optimizer, weights=weights), sft(model, twice, optimizer)
+    close(flat(trained), flat(want), 1e-10)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
+def test_9_scaled_advantages_do_not_see_the_unit_of_phi(dtype, tolerance, baseline):
+    model, data = filled(Bare(), 1).to(dtype), batch(2, n=6)
+    phi = lm_metric(model, batch(52))
+    for optimizer in SGD(0.1), AdamW(0.01, eps_root=1e-2):
+        tau, small = (metagradient(model, data, lambda p: unit * phi(p), optimizer).tau
+                      for unit in (1, 1e-9))
+        a, b, c = (advantages(x, data.mask, baseline=baseline, scale=True)
+                   for x in (tau, small, 1e-20 * small))
+        assert a.dtype == dtype
+        close(b, a, tolerance)
+        close(c, a, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("baseline, scale", [("none", True), ("mean", True), ("loo", True),
+                                             ("mean", False), ("loo", False)])
+def test_9_a_group_without_spread_gets_nothing(dtype, baseline, scale):
+    for value in (0.1, -7e-10, 0.0, 1 / 3):  # their means over 7 are rounded
+        tau = torch.cat([torch.full((7,), value), torch.arange(7)]).to(dtype)
+        tau[0] *= 1 + 2 * torch.finfo(dtype).eps
+        how = dict(group_size=7, baseline=baseline, scale=scale)
+        got = advantages(tau, torch.ones(14, 2), **how)
+        assert (got[:7] == 0).all() and (got[7:] != 0).sum() >= 6
+        tokens = torch.stack([0 * tau, tau], 1)
+        got = advantages(tokens, torch.ones(14, 2), discount=1.0, **how)
+        assert (got[:7] == 0).all() and (got[7:] != 0).sum() >= 12
+
+
+@pytest.mark.parametrize("method", ["unroll", "replay"])
+def test_9_the_first_step_spends_no_hessian_vector_product(method):
+    model, metric = gpt2(attn_implementation="eager"), linear(gpt2())
+
+    def operations(steps):
+        with FlopCounterMode(display=False) as counter:
+            metagradient(model, batch(0, n=4 * steps), metric, SGD(0.1), steps=steps, method=method)
+        return counter.get_total_flops()
+
+    one, two, three = map(operations, (1, 2, 3))
+    print(f"\n{method}: floating-point operations of T = 2, 3 over T = 1: {two / one:.2f}, "
+          f"{three / one:.2f}")
+    assert two - one > 1.3 * one and three - two == two - one
+
+
+def fused():
+    model = gpt2()
+    model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+@pytest.mark.parametrize("message, change", [
+    ("steps", dict(steps=3)),
+    ("column 0", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.ones(4, 3)))),
+    ("dropout", dict(model=GPT2LMHeadModel(gpt2().config).train())),
+    ("float32", dict(model=gpt2().bfloat16())),
+    ("attn_implementation", dict(model=fused())),
+])
+def test_9_refusals(message, change):
+    how = dict(model=gpt2(), examples=batch(0), metric=LIKELIHOOD, optimizer=SGD(0.1))
+    with pytest.raises(ValueError, match=message):
+        metagradient(**how | change)
+
+
+# ---------------------------------------------------------------- 10: the tests bite
+
+def bites(check, *args, **kwargs):
+    with pytest.raises(AssertionError, match="off by"):
+        check(*args, **kwargs)
+
+
+def flipped(*args, **kwargs):
+    result = metagradient(*args, **kwargs)
+    return result._replace(tau=-result.tau)
+
+
+def outside_the_root(model, data, metric, optimizer):
+    moved = replace(optimizer, eps=optimizer.eps + optimizer.eps_root, eps_root=1e-24)
+    return metagradient(model, data, metric, moved)
+
+
+def first_order(model, data, metric, optimizer, *, steps):
+    """tau without the Hessian: a gradient does not know that its parameters depend on w."""
+    params, w = start(model), torch.ones(len(data.tokens), dtype=torch.float64, requires_grad=True)
+    state = optimizer.init(params)
+    for rows in torch.arange(len(w)).chunk(steps):
+        here = {k: p.detach().requires_grad_() for k, p in params.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            each = token_losses(model, here, Examples(data.tokens[rows], data.mask[rows])).sum(1)
+            grads = grad((w[rows] * each).mean(), here.values(), create_graph=True)
+        params, state = optimizer.update(params, dict(zip(here, grads)), state)
+    phi = metric(params)
+    return Attribution(grad(phi, w)[0], phi.item(), params, None)
+
+
+@given(model=models, seed=seeds, optimizer=optimizers)
+@settings(max_examples=5)
+def test_10_wrong_metagradients_fail(model, seed, optimizer):
+    data, metric = batch(seed), lm_metric(model, batch(seed + 50))
+    bites(check_differences, flipped, model, data, metric, optimizer, 1)
+    bites(check_closed_form, flipped, model, data, metric, optimizer)
+    check_differences(first_order, model, data, metric, optimizer, 1)  # right as long as T = 1
+    for steps in (2, 4):
+        bites(check_differences, first_order, model, data, metric, optimizer, steps)
+    if isinstance(optimizer, AdamW):
+        bites(check_closed_form, outside_the_root, model, data, metric, optimizer)
+
+
+def row_deleted(model, data, optimizer, *, weights, steps):
+    """w_i = 0 taken for a row that is not there: B becomes B - 1."""
+    kept = weights.sum(1) > 0
+    data = Examples(data.tokens[kept], data.mask[kept])
+    return sft(model, data, optimizer, weights=weights[kept], steps=steps)
+
+
+def token_mean(model, data, optimizer, *, weights, steps):
+    """The usual loss, a mean over label tokens: every text changes the denominator."""
+    weights = weights * data.mask.numel() / data.mask.sum()
+    return sft(model, data, optimizer, weights=weights, steps=steps)
+
+
+@given(optimizer=optimizers)
+@settings(max_examples=3)
+def test_10_wrong_rewards_fail(optimizer):
+    phi, tau = attribute(2, SGD(0.5), LINEAR)
+    bites(check_unbiased, phi, -tau)
+    bites(check_unbiased, phi, tau.flip(1))  # the reward of the other example
+    bites(check_difference, row_deleted)
+    # ... in expectation B - 1 is only another baseline that does not see x_i, and right:
+    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, train=row_deleted))
+    bites(check_unbiased, *left_out(2, optimizer, LIKELIHOOD, train=token_mean))
+    bites(check_unbiased, *attribute(2, optimizer, LIKELIHOOD))  # not affine: 1e-7 sees it
+    later = torch.tensor([[0.0, 0, 1], [0, 0, 1]])  # token 0 credited without its own loss
+    bites(check_unbiased, *left_out(2, optimizer, LIKELIHOOD, drop=later))
+
+
+def test_10_wrong_samples_fail(tmp_path):
+    def truncated(policy, prompts, *, samples, seed, max_new_tokens, temperature):
+        torch.manual_seed(seed)
+        tokens, mask = (x.repeat_interleave(samples, 0) for x in prompts)
+        new = policy.generate(tokens, attention_mask=mask, max_new_tokens=1)[:, tokens.shape[1]:]
+        return Rollouts(tokens, mask, new, torch.ones_like(new))
+
+    def padding_seen(policy, rollouts, **kwargs):
+        everything = torch.ones_like(rollouts.prompt_mask)
+        return token_log_probs(policy, rollouts._replace(prompt_mask=everything), **kwargs)
+
+    bites(check_sampled, *narrow_checkpoint(tmp_path), draw=truncated)
+    bites(check_sampled, *padded_prompts(None), score=padding_seen)
+
+
+# ---------------------------------------------------------------- 11: demos and README
