@@ -28,8 +28,8 @@ Departures from the paper, numbered, each with what it costs in bias:
 
  1. One policy update per step, on all rollouts at once, not clipped minibatches over several
     updates. No importance ratio, hence no clipping bias; it costs generator steps.
- 2. The loss of a step is a mean over B rows and a row's loss is divided by the constant L. No sample
-    can change a denominator, so leaving x_i out (w_i = 0) leaves no other trace of it, and
+ 2. The loss of a step is a mean over B rows, a row's loss is divided by the constant L, and masked
+    positions count in it. No sample can change a denominator, so w_i = 0 leaves no trace of x_i and
     grad F = E[sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i)] holds exactly, for any optimizer
     and T. tau_i is the first-order stand-in for that difference; that is DPG's only bias. It is
     zero where Phi is affine in each w_i; with SGD it falls with lr and with each example's share
@@ -43,17 +43,16 @@ Departures from the paper, numbered, each with what it costs in bias:
     as exact as 2. discount < 1 drops what a token does as context for later ones: biased, with
     less variance.
  5. An entropy bonus and a KL term to a reference policy, both off by default, both exact sums over
-    the vocabulary at each sampled position. They change the objective, not the estimator of Phi; the
-    gradient of how theta changes which positions are visited is left out, as in common practice.
+    the vocabulary at each sampled position. They change the objective, not the estimator of Phi;
+    how theta changes which positions are visited is left out of their gradient, as is common.
  6. Scaled advantages divide by the group's own spread, with no absolute constant: rewards are 1e-4
     to 1e-9. Scaling by a sampled spread changes the step length and adds bias of order 1/n.
 
-Adam, and where tau goes blind. At T = 1 Adam's step is g / (sqrt(g^2 + eps_root) + eps): coordinates
-with |g| well above sqrt(eps_root) are saturated, move by lr whatever the weights are, and add
-nothing to tau. Choose eps_root on the scale of the squared minibatch gradient; `saturation`
-says which share of the coordinates still responds.
+Where tau goes blind: at T = 1 Adam's step is g / (sqrt(g^2 + eps_root) + eps). Coordinates with |g|
+well above sqrt(eps_root) are saturated: they move by lr whatever the weights are, and add nothing
+to tau. For T > 1 read sqrt(v_hat) for |g|. Choose eps_root on the scale of squared gradients.
 
-Not here: several passes over D, learning-rate schedules, gradient clipping inside A, mixed precision.
+Not here: several passes over D, learning-rate schedules or gradient clipping inside A, bfloat16.
 
 Usage (a test runs this):
 
@@ -220,7 +219,7 @@ def _call(model, params, tokens):
 
 
 def lm_metric(model: nn.Module, examples: Examples) -> Metric:
-    """A metric: the mean log-likelihood per label token (nats) of `examples` under given parameters.
+    """A metric: the mean log-likelihood per label token of `examples`, in nats.
 
     The text targets of sections 4.4 and 4.5 are metrics of this form.
     """
@@ -269,8 +268,8 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     if not torch.isfinite(tau).all():
         row = int((~torch.isfinite(tau)).nonzero()[0, 0])
         raise FloatingPointError(
-            f"tau of example {row} is not finite; the inner run diverged (lower lr), or eps_root = 0 "
-            f"met a gradient of exactly 0. Inner losses: {torch.stack(losses).tolist()}")
+            f"tau of example {row} is not finite: the inner run diverged (lower lr), or eps_root "
+            f"= 0 met a gradient of exactly 0; inner losses {torch.stack(losses).tolist()}")
     if per_token:
         tau = tau * (examples.mask != 0)  # exactly 0 off the labels, and not -0
     return Attribution(tau, phi.item(), {k: p.detach() for k, p in params.items()},
@@ -286,8 +285,8 @@ def _unroll(model, examples, metric, optimizer, weights, steps):
         losses.append(loss)
     params = _merge(model, params, frozen)
     phi = _measure(metric, params)
-    # autograd walks only the paths that end in a weight. None passes through the initial parameters:
-    # no Hessian-vector product is spent on the first step, and none at all at T = 1.
+    # autograd walks only the paths that end in a weight, and none passes through the initial
+    # parameters: no Hessian-vector product is spent on the first step, so none at all at T = 1.
     (tau,) = torch.autograd.grad(phi, weights)
     return tau, phi, params, losses
 
@@ -302,14 +301,15 @@ def _replay(model, examples, metric, optimizer, weights, steps):
     params, frozen = _parameters(model)
     z, losses = [(params, optimizer.init(params))], []
     for batch, w in batches[:-1]:  # the last step is run once, on the way back
-        params, state, loss = _step(model, *_split(z[-1], frozen), batch, w.detach(), optimizer, False)
+        params, state = z[-1]
+        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, False)
         z.append((params, state))
         losses.append(loss)
     taus = []
     for k in reversed(range(steps)):
         batch, w = batches[k][0], batches[k][1].detach().requires_grad_()
-        here = _leaf(z.pop())
-        params, state, loss = _step(model, *_split(here, frozen), batch, w, optimizer, True)
+        here = params, state = _leaf(z.pop())
+        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, True)
         if k == steps - 1:
             losses.append(loss)
             trained = _merge(model, params, frozen)
@@ -321,10 +321,6 @@ def _replay(model, examples, metric, optimizer, weights, steps):
         tau, *adjoint = torch.autograd.grad(outputs, inputs, adjoint, materialize_grads=True)
         taus.append(tau)
     return torch.cat(taus[::-1]), phi, trained, losses
-
-
-def _split(z, frozen):
-    return z[0], frozen, z[1]
 
 
 def _tensors(tree) -> list[Tensor]:
@@ -385,7 +381,7 @@ class Rollouts(NamedTuple):
     mask: Tensor  # (N, L_new) int64: 1 up to and including the first end-of-text
 
     def examples(self, start: int) -> Examples:
-        """The dataset D: rows [start] + rollout without the prompt (section 3.1), (N, L_new + 1)."""
+        """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
         tokens = F.pad(self.tokens, (1, 0), value=start)
         return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
 
@@ -396,8 +392,8 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     """Sample from the policy: `samples` rollouts for each prompt, in `max_new_tokens` columns.
 
     `prompts` is a pair (tokens, attention mask), both (P_n, P) and padded on the left, or what a
-    tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default the
-    one of the model's generation config. Temperature 0 takes the most likely token. The global
+    tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
+    the one of the model's generation config. Temperature 0 takes the most likely token. The global
     random state is left as it was.
     """
     tokens, mask = _check_prompts(prompts)
@@ -411,7 +407,7 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = eos[0] if eos else 0
     # A hub model's generation config may cut or bend the distribution, and transformers merges it
-    # into any config given to `generate`; then samples do not come from pi. This shallow copy of the
+    # into any config given to `generate`: samples would not come from pi. This shallow copy of the
     # model shares its parameters and has a config of its own.
     sampler = copy.copy(model)
     sampler.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=pad)
@@ -477,15 +473,15 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
                scale: bool = False, discount: float | None = None) -> Tensor:
     """Rewards to advantages, same shape as tau.
 
-    tau is (N,), per example, and `discount` None; or (N, L_new), per token, and `discount` in [0, 1]
-    makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is (departure 4).
+    tau is (N,), per example, and `discount` None; or (N, L_new), per token, and `discount` in
+    [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is (departure 4).
 
-    Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt (GRPO),
-    N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts the
-    group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows that
-    have a label at the same position. scale=True divides by the group's standard deviation about
-    the mean. Where a group (per token, a position of it) has no spread, or only such as rounding
-    makes, "mean", "loo" and scale give exactly 0.
+    Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt
+    (GRPO), N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts
+    the group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows
+    that have a label at the same position. scale=True divides by the group's standard deviation
+    about the mean. Where a group (per token, a position of it) has no spread, or only such as
+    rounding makes, "mean", "loo" and scale give exactly 0.
     """
     _require(tau.ndim in (1, 2), f"tau must be (N,) or (N, L_new), got {tuple(tau.shape)}")
     _require(baseline in ("none", "mean", "loo"),
@@ -529,7 +525,8 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     else:
         value = reward
     if scale:
-        spread = (centred.square().sum((1, 2), keepdim=True) / labels.sum((1, 2), keepdim=True)).sqrt()
+        square = centred.square().sum((1, 2), keepdim=True)
+        spread = (square / labels.sum((1, 2), keepdim=True)).sqrt()
         value = torch.where(spread > 0, value / spread, 0)
     else:
         value = value * unit
@@ -542,13 +539,14 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
     log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). The optional terms
-    -entropy_coef (1/N) sum_it H_it and +kl_coef (1/N) sum_it KL_it take what `token_log_probs` gives.
-    No token count stands in a denominator: dividing by it would favour some lengths.
+    -entropy_coef (1/N) sum_it H_it and kl_coef (1/N) sum_it KL_it take what `token_log_probs`
+    gives. No token count stands in a denominator: dividing by it would favour some lengths.
     """
     _require(log_probs.shape == mask.shape, f"mask must have the shape of log_probs "
              f"{tuple(log_probs.shape)}, got {tuple(mask.shape)}")
-    _require(advantages.shape in (log_probs.shape, log_probs.shape[:1]), "advantages must be (N,) or "
-             f"(N, L_new) with log_probs {tuple(log_probs.shape)}, got {tuple(advantages.shape)}")
+    _require(advantages.shape in (log_probs.shape, log_probs.shape[:1]),
+             f"advantages must be (N,) or (N, L_new) for log_probs {tuple(log_probs.shape)}, "
+             f"got {tuple(advantages.shape)}")
     n = log_probs.shape[0]
     each = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     loss = -(each * log_probs * mask).sum() / n
@@ -577,9 +575,9 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
              reference: nn.Module | None = None) -> StepResult:
     """One iteration of Algorithm 1: write a dataset, train on it, attribute, improve the writer.
 
-    `reward` maps the dataset to an object with `.tau`: for DPG, `metagradient` with the other arguments
-    bound (functools.partial). `start` is the token that begins a training row. `policy` and
-    `policy_optimizer` are changed in place; all else is as in the functions called.
+    `reward` maps the dataset to an object with `.tau`: for DPG, `metagradient` with its other
+    arguments bound (functools.partial). `start` is the token that begins a training row. `policy`
+    and `policy_optimizer` are changed in place; all else is as in the functions called.
     """
     rollouts = generate(policy, prompts, samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seed)  # D ~ pi_theta
@@ -590,8 +588,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     credit = advantages(tau, rollouts.mask, group_size=group_size, baseline=baseline, scale=scale,
                         discount=discount)
     policy_optimizer.zero_grad()
-    log_probs, entropy, kl = token_log_probs(policy, rollouts, temperature=temperature, entropy=True,
-                                             reference=reference)
+    log_probs, entropy, kl = token_log_probs(policy, rollouts, temperature=temperature,
+                                             entropy=True, reference=reference)
     loss = policy_gradient_loss(log_probs, credit, rollouts.mask, entropy=entropy,
                                 entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef)
     loss.backward()
@@ -626,13 +624,13 @@ def _check_examples(examples, name):
     tokens, mask = examples
     _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.shape[0] > 0,
              f"{name}.tokens must be (N, L) int64, got {tuple(tokens.shape)} {tokens.dtype}")
-    _require(mask.shape == tokens.shape,
-             f"{name}.mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+    _require(mask.shape == tokens.shape, f"{name}.mask must have the shape of tokens "
+             f"{tuple(tokens.shape)}, got {tuple(mask.shape)}")
     _require(bool(((mask == 0) | (mask == 1)).all()), f"{name}.mask must hold only 0 and 1")
-    _require(not bool(mask[:, 0].any()),
-             f"{name}.mask has a label in column 0, which no token precedes; put a start token there")
-    empty = (mask.sum(1) == 0).nonzero()
-    _require(not len(empty), f"{name}.mask has no label in row {int(empty[0]) if len(empty) else 0}")
+    _require(not bool(mask[:, 0].any()), f"{name}.mask has a label in column 0, which no token "
+             "precedes; put a start token there")
+    empty = (mask.sum(1) == 0).nonzero().flatten().tolist()
+    _require(not empty, f"{name}.mask has no label in rows {empty[:5]}")
 
 
 def _check_run(model, examples, steps):
@@ -645,7 +643,7 @@ def _check_run(model, examples, steps):
                  "derivatives need float32 or float64 (model.float())")
     _check_no_dropout(model)
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    _require(kernel in (None, "eager", "sdpa"), f"model: attention implementation {kernel!r} has no "
+    _require(kernel in (None, "eager", "sdpa"), f"model: attn_implementation {kernel!r} has no "
              'second derivative; load it with from_pretrained(..., attn_implementation="sdpa")')
 
 

@@ -23,7 +23,7 @@ HELD_OUT_SHARE = 0.10                   # of the frames, kept out of pretraining
 # One concept per row: English | German | Spanish | French | Italian, synonyms after a comma.
 TABLES = {
     "time": """
-now, at the moment | jetzt, gerade
+now, right now | jetzt, gerade
     | ahora, en este momento | maintenant, en ce moment | adesso, ora
 often, frequently | oft, häufig
     | a menudo, con frecuencia | souvent, fréquemment | spesso, frequentemente
