@@ -35,8 +35,9 @@ Departures from the paper, numbered, each with what it costs in bias:
     zero where Phi is affine in each w_i; with SGD it falls with lr and with each example's share
     1/B. (The official code sums micro-batch means: its eps_root is on another scale.)
  3. Baselines are a choice, "none" by default; the paper's GRPO centres each group of G. tau_j of
-    another example depends on x_i through the shared training run, so any baseline made of
-    rewards adds bias, except where tau_j cannot see x_i (T = 1, SGD, Phi linear). It buys variance.
+    another example depends on x_i through the shared training run, so a baseline made of rewards
+    moves the expectation, except where tau_j cannot see x_i (T = 1, SGD, Phi linear). Mostly it
+    buys variance with bias.
  4. Per-token credit: weights w_it per token give tau_it in the same double backward, and the
     reward of token t is the discounted sum of tau_is over s >= t. discount = 1 is the first-order
     stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), which only text from t on can see, and is
@@ -448,6 +449,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     spread = -(log_pi.exp() * log_pi).sum(2) * mask if entropy else None
     kl = None
     if reference is not None:
+        _check_policy(reference)
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum(2) * mask
@@ -670,6 +672,6 @@ def _check_prompts(prompts):
     _require(tokens.ndim == 2 and tokens.shape == mask.shape,
              f"prompts must be token ids and their attention mask of one shape (n, P), got "
              f"{tuple(tokens.shape)} and {tuple(mask.shape)}")
-    _require(bool((mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all()),
+    _require(bool((mask[:, -1] == 1).all() and (mask.long().diff(dim=1) >= 0).all()),
              'prompts must be padded on the left (padding_side="left")')
     return tokens, mask

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 
+import huggingface_hub
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -88,6 +89,7 @@ class Lab:
         args = self.args = arguments.parse_args(argv)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+        huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
         self.demo = pathlib.Path(arguments.prog).stem
         self.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -102,7 +104,7 @@ class Lab:
                 if other.get_vocab() != self.tokenizer.get_vocab():
                     arguments.error("--target must have the tokenizer of --generator")
         except (OSError, ValueError) as error:
-            arguments.error(" ".join(str(error).split())[:300])
+            arguments.error(" ".join(str(error).split()).split(". ")[0])
         self.reference = copy.deepcopy(self.policy)  # the generator before any training
         end = self.tokenizer.eos_token_id
         self.start = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
@@ -125,8 +127,8 @@ class Lab:
 
     def load(self, name):
         """A causal model and its tokenizer, from a folder or the hub."""
-        if not pathlib.Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-            raise OSError(f"there is no model folder {name!r}")
+        if not pathlib.Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise OSError(f"there is no model folder {name!r} (a hub id is owner/name)")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model.eval().to(self.device), AutoTokenizer.from_pretrained(name)
 

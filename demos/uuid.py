@@ -1,9 +1,9 @@
 """Can text that was only asked to be rephrasings teach a model one specific UUID? (section 4.5)
 
 A generator that rephrases sentences is trained by DPG. Phi is the log-likelihood that a target
-model gives to one UUID after training on the generator's text. No prompt holds the UUID, nothing the
-generator was trained on holds it, and the reward never compares strings; yet it comes to write
-it, to the last digit.
+model gives to one UUID after training on the generator's text. No prompt holds the UUID, no text
+that the generator was trained on holds it, and the reward never compares strings; yet the
+generator comes to write it, to the last digit.
 """
 import pathlib
 import sys
@@ -21,12 +21,12 @@ from demos import common
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"
 LENGTH = 36  # tokens of a rollout; a UUID is one per character
-T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 3e-5, 1.0
+T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 1e-4, 1.0
 
 
 def uuid_text(text):
     if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
-        raise argparse.ArgumentTypeError(f"must be 36 lower-case characters like {UUID}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be of the form {UUID}, lower case, got {text!r}")
     return text
 
 
@@ -46,7 +46,7 @@ def scores(texts, uuid):
 
 
 def main(argv=None):
-    parser = common.parser(__doc__, steps=150, target="fresh")
+    parser = common.parser(__doc__, steps=160, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
     lab = common.Lab(parser, argv)
     args = lab.args
@@ -56,7 +56,8 @@ def main(argv=None):
     def observe(result):
         texts = lab.texts(result.rollouts)
         exact, soft = scores(texts, args.uuid)
-        return {"exact": exact, "soft": soft, "best": max(texts, key=lambda t: longest(t, args.uuid))}
+        best = max(texts, key=lambda text: longest(text, args.uuid))
+        return {"exact": exact, "soft": soft, "best": best}
 
     def check(policy):
         """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
@@ -70,8 +71,8 @@ def main(argv=None):
         return exact, soft, phi, loglik, lab.texts(greedy)[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, lr=4e-3, steps=T, discount=0.5,
-                        max_new_tokens=LENGTH, kl_coef=0.1, entropy_coef=0.03)
+    history = lab.train(lab.reward(metric, inner, T), observe, lr=3e-3, steps=T, discount=0.5,
+                        max_new_tokens=LENGTH, kl_coef=0.2, entropy_coef=0.1)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
