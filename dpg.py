@@ -36,13 +36,13 @@ Departures from the paper, numbered, each with what it costs in bias:
     1/B. (The official code sums micro-batch means: its eps_root is on another scale.)
  3. Baselines are a choice, "none" by default; the paper's GRPO centres each group of G. tau_j of
     another example depends on x_i through the shared training run, so a baseline made of rewards
-    moves the expectation, except where tau_j cannot see x_i (T = 1, SGD, Phi linear). Mostly it
-    buys variance with bias.
- 4. Per-token credit: weights w_it per token give tau_it in the same double backward, and the
-    reward of token t is the discounted sum of tau_is over s >= t. discount = 1 is the first-order
-    stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), which only text from t on can see, and is
-    as exact as 2. discount < 1 drops what a token does as context for later ones: biased, with
-    less variance.
+    moves the expectation. "loo" does not where tau_j cannot see x_i (T = 1, SGD, Phi linear);
+    "mean" holds tau_i itself and scales by (n - 1) / n even there. It buys variance with bias.
+ 4. Per-token credit: weights w_it per token give tau_it in the same double backward. The reward of
+    token t is the discounted sum of tau_is over s >= t. With discount = 1 this is the first-order
+    stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), where the second run does not see x_it: with
+    that difference the policy gradient is exact. discount < 1 drops what a token does as context
+    for later ones: biased, with less variance.
  5. An entropy bonus and a KL term to a reference policy, both off by default, both exact sums over
     the vocabulary at each sampled position. They change the objective, not the estimator of Phi;
     how theta changes which positions are visited is left out of their gradient, as is common.
@@ -68,7 +68,6 @@ Usage (a test runs this):
     True
 """
 
-import contextlib
 import copy
 import inspect
 import math
@@ -272,9 +271,12 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
             f"tau of example {row} is not finite: the inner run diverged (lower lr), or eps_root "
             f"= 0 met a gradient of exactly 0; inner losses {torch.stack(losses).tolist()}")
     if per_token:
-        tau = tau * (examples.mask != 0)  # exactly 0 off the labels, and not -0
+        tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
     return Attribution(tau, phi.item(), {k: p.detach() for k, p in params.items()},
                        torch.stack(losses))
+
+
+_BLIND = "metric does not depend on any parameter that training on the examples changes"
 
 
 def _unroll(model, examples, metric, optimizer, weights, steps):
@@ -288,7 +290,8 @@ def _unroll(model, examples, metric, optimizer, weights, steps):
     phi = _measure(metric, params)
     # autograd walks only the paths that end in a weight, and none passes through the initial
     # parameters: no Hessian-vector product is spent on the first step, so none at all at T = 1.
-    (tau,) = torch.autograd.grad(phi, weights)
+    (tau,) = torch.autograd.grad(phi, weights, allow_unused=True)
+    _require(tau is not None, _BLIND)
     return tau, phi, params, losses
 
 
@@ -319,7 +322,9 @@ def _replay(model, examples, metric, optimizer, weights, steps):
         else:
             outputs = _tensors((params, state))
         inputs = [w] + (_tensors(here) if k > 0 else [])  # the first step's parameters need none
-        tau, *adjoint = torch.autograd.grad(outputs, inputs, adjoint, materialize_grads=True)
+        tau, *adjoint = torch.autograd.grad(outputs, inputs, adjoint, allow_unused=True)
+        _require(tau is not None, _BLIND)
+        adjoint = [torch.zeros_like(x) if a is None else a for x, a in zip(inputs[1:], adjoint)]
         taus.append(tau)
     return torch.cat(taus[::-1]), phi, trained, losses
 
@@ -346,7 +351,7 @@ def _measure(metric, params):
         phi = metric(params)
     _require(isinstance(phi, Tensor) and phi.numel() == 1,
              "metric must return a tensor with one element")
-    _require(phi.requires_grad, "metric does not depend on the trained parameters it is given")
+    _require(phi.requires_grad, _BLIND)
     if not torch.isfinite(phi):
         raise FloatingPointError(f"metric is {phi.item()} after training; lower the inner lr")
     return phi.reshape(())
@@ -383,6 +388,7 @@ class Rollouts(NamedTuple):
 
     def examples(self, start: int) -> Examples:
         """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
+        _require(isinstance(start, int) and start >= 0, f"start must be a token id, got {start!r}")
         tokens = F.pad(self.tokens, (1, 0), value=start)
         return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
 
@@ -413,9 +419,11 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     sampler = copy.copy(model)
     sampler.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=pad)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    devices = range(torch.cuda.device_count()) if tokens.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    # torch.manual_seed would reseed every device; this reseeds, and restores, the one that samples.
+    device = tokens.device
+    with torch.random.fork_rng(devices=[device] if tokens.is_cuda else []):
+        generators = torch.cuda.default_generators if tokens.is_cuda else [torch.default_generator]
+        generators[device.index or 0].manual_seed(seed)
         new = sampler.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens,
                                **(how if temperature > 0 else {"do_sample": False}))
     new = new[:, tokens.shape[1]:]
@@ -461,11 +469,16 @@ def _next_token_log_probs(model, rollouts, temperature):
     mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.tokens)], 1)[:, :-1]
     length = rollouts.tokens.shape[1]
     known = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())  # as wrappers do
     # With padding on the left, positions count from a prompt's first real token, as in `generate`.
     extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False,
              "logits_to_keep": length}
-    out = model(tokens, attention_mask=mask, **{k: v for k, v in extra.items() if k in known})
-    return F.log_softmax(_logits(out, model)[:, -length:] / temperature, dim=2)
+    out = model(tokens, attention_mask=mask,
+                **{k: v for k, v in extra.items() if takes_all or k in known})
+    logits = _logits(out, model)[:, -length:]
+    # `generate` samples from float32 logits, whatever the model's type.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(logits / temperature, dim=2)
 
 
 # ------------------------------------------------------------------------------------ the estimator
@@ -482,10 +495,13 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     (GRPO), N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts
     the group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows
     that have a label at the same position. scale=True divides by the group's standard deviation
-    about the mean. Where a group (per token, a position of it) has no spread, or only such as
-    rounding makes, "mean", "loo" and scale give exactly 0.
+    about the mean. Spread that rounding makes is none: where a group (per token, a position of it)
+    has none, "mean" and "loo" give exactly 0, and so does scale where the whole group has none.
     """
     _require(tau.ndim in (1, 2), f"tau must be (N,) or (N, L_new), got {tuple(tau.shape)}")
+    _require(bool(torch.isfinite(tau).all()), "tau must be finite")
+    _require(mask.shape[:1] == tau.shape[:1],
+             f"mask must have the N = {tau.shape[0]} rows of tau, got {tuple(mask.shape)}")
     _require(baseline in ("none", "mean", "loo"),
              f'baseline must be "none", "mean" or "loo", got {baseline!r}')
     n = tau.shape[0]
@@ -555,6 +571,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     for name, term, coef in (("entropy", entropy, -entropy_coef), ("kl", kl, kl_coef)):
         _require(coef == 0 or term is not None, f"{name}_coef needs {name}, from token_log_probs")
         if coef != 0:
+            _require(term.shape == mask.shape, f"{name} must have the shape of log_probs")
             loss = loss + coef * (term * mask).sum() / n
     return loss
 
@@ -626,6 +643,7 @@ def _check_examples(examples, name):
     tokens, mask = examples
     _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.shape[0] > 0,
              f"{name}.tokens must be (N, L) int64, got {tuple(tokens.shape)} {tokens.dtype}")
+    _require(bool((tokens >= 0).all()), f"{name}.tokens must not be negative")
     _require(mask.shape == tokens.shape, f"{name}.mask must have the shape of tokens "
              f"{tuple(tokens.shape)}, got {tuple(mask.shape)}")
     _require(bool(((mask == 0) | (mask == 1)).all()), f"{name}.mask must hold only 0 and 1")
@@ -643,6 +661,11 @@ def _check_run(model, examples, steps):
     for name, p in model.named_parameters():
         _require(p.dtype in (torch.float32, torch.float64), f"model: {name} is {p.dtype}; second "
                  "derivatives need float32 or float64 (model.float())")
+    device = next(model.parameters()).device
+    _require(examples.tokens.device == device and examples.mask.device == device,
+             f"examples must be on the model's device, {device}")
+    _require(not torch.is_autocast_enabled(device.type),
+             "model: leave torch.autocast; second derivatives need float32 or float64")
     _check_no_dropout(model)
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
     _require(kernel in (None, "eager", "sdpa"), f"model: attn_implementation {kernel!r} has no "

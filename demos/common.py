@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import pathlib
 import random
 import re
@@ -14,6 +15,7 @@ import time
 
 import huggingface_hub
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -58,12 +60,11 @@ def count(text):
 
 
 def device(text):
-    try:
-        found = torch.device(text)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, per backend
-        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
-    return found
+    kind, _, index = text.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (index or "0").isdecimal() or int(index or 0) >= here:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here")
+    return torch.device(text)
 
 
 def sentences(path):
@@ -72,7 +73,7 @@ def sentences(path):
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(lines) < 5:
         raise argparse.ArgumentTypeError(f"{path!r} has {len(lines)} sentences, 5 are the least")
     return lines
@@ -83,10 +84,13 @@ def sentences(path):
 class Lab:
     """The models, prompts and rewards of one run, and its folder."""
 
-    def __init__(self, arguments, argv=None):
+    def __init__(self, arguments, argv=None, objection=lambda args: None):
+        """`objection(args)` is a demo's own check: what is wrong with its options, or None."""
         # Arguments are checked to the last one before anything is written.
         self.began = time.perf_counter()
         args = self.args = arguments.parse_args(argv)
+        if message := objection(args):
+            arguments.error(message)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
@@ -98,16 +102,19 @@ class Lab:
                 config = AutoConfig.from_pretrained(args.generator)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(args.seed)
-                    self.target = AutoModelForCausalLM.from_config(config).eval().to(self.device)
+                    self.target = AutoModelForCausalLM.from_config(
+                        config, dtype=torch.float32).eval().to(self.device)
             else:
                 self.target, other = self.load(args.target)
                 if other.get_vocab() != self.tokenizer.get_vocab():
                     arguments.error("--target must have the tokenizer of --generator")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             arguments.error(" ".join(str(error).split()).split(". ")[0])
         self.reference = copy.deepcopy(self.policy)  # the generator before any training
         end = self.tokenizer.eos_token_id
         self.start = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        if self.start is None:
+            arguments.error("--generator: its tokenizer has neither a start nor an end of text")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if sum(p.numel() for p in self.target.parameters()) < 1e6:
@@ -124,6 +131,8 @@ class Lab:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             arguments.error(f"--out {str(self.folder)!r}: {error.strerror}")
+        if not os.access(self.folder, os.W_OK):
+            arguments.error(f"--out {str(self.folder)!r} is not writable")
 
     def load(self, name):
         """A causal model and its tokenizer, from a folder or the hub."""
@@ -191,9 +200,10 @@ class Lab:
         """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
         # The rate falls to zero: advantages have unit spread however little is left to learn.
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / self.args.steps)
+        total = max(1, self.args.steps)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
         history = []
-        with open(self.folder / "metrics.jsonl", "w", encoding="utf-8") as log:
+        with open(self.folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as log:
             for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
                 result = dpg.dpg_step(
                     self.policy, optimizer, self.training_prompts(), reward, samples=SAMPLES,
@@ -206,7 +216,8 @@ class Lab:
                 history.append({"step": step, "phi": result.attribution.metric, **observe(result),
                                 "entropy": result.entropy, "kl": result.kl})
                 log.write(json.dumps(history[-1]) + "\n")
-                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {history[-1]['best']}")
+                best = " ".join(history[-1]["best"].split())
+                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {best}")
         return history
 
     def seed(self, step):

@@ -8,7 +8,7 @@ questions:
     frame = frames(random.Random(0), 1)[0]
     sentence = render(frame, "en", random.Random(1))
     prompt(sentence)                    # what a generator is asked: rephrase this
-    parse(" jetzt kauft der König ein Buch im Hotel", "de")    # the frame, or None
+    parse(" jetzt kauft der König ein Buch im Laden", "de")    # the frame, or None
 """
 import itertools
 import random

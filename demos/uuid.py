@@ -20,7 +20,6 @@ import dpg
 from demos import common
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"
-LENGTH = 36  # tokens of a rollout; a UUID is one per character
 T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 1e-4, 1.0
 
 
@@ -48,9 +47,12 @@ def scores(texts, uuid):
 def main(argv=None):
     parser = common.parser(__doc__, steps=160, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
-    lab = common.Lab(parser, argv)
+    lab = common.Lab(parser, argv, lambda args: "--prompts: one holds the UUID" if any(
+        args.uuid in sentence for sentence in args.prompts or ()) else None)
     args = lab.args
-    metric = dpg.lm_metric(lab.target, lab.examples([args.uuid]))
+    wanted = lab.examples([args.uuid])
+    length = wanted.tokens.shape[1] - 1  # a rollout has room for the UUID and no more
+    metric = dpg.lm_metric(lab.target, wanted)
     inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
 
     def observe(result):
@@ -61,18 +63,18 @@ def main(argv=None):
 
     def check(policy):
         """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
-        greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=LENGTH)
+        greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length)
         exact, soft = scores(lab.texts(greedy), args.uuid)
         data = lab.rollouts(policy, lab.rng_texts(common.PROMPTS, 0), samples=common.SAMPLES,
-                            max_new_tokens=LENGTH).examples(lab.start)
+                            max_new_tokens=length).examples(lab.start)
         phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
         loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
-                                 max_new_tokens=LENGTH)).item() for steps in (T, 10 * T)]
+                                 max_new_tokens=length)).item() for steps in (T, 10 * T)]
         return exact, soft, phi, loglik, lab.texts(greedy)[0]
 
     before = check(lab.reference)
     history = lab.train(lab.reward(metric, inner, T), observe, lr=3e-3, steps=T, discount=0.5,
-                        max_new_tokens=LENGTH, kl_coef=0.2, entropy_coef=0.1)
+                        max_new_tokens=length, kl_coef=0.2, entropy_coef=0.1)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
@@ -85,41 +87,44 @@ def main(argv=None):
 
 
 def report(result, said, says, lab):
-    print(f"""asked       {lab.held_out[0]!r}
-before      {said.strip()!r}
-after       {says.strip()!r}
-wanted      {result['uuid']!r}
-Exact       {result['exact_before']:.3f} -> {result['exact_after']:.3f}   Soft \
-{result['soft_before']:.3f} -> {result['soft_after']:.3f}   on {len(lab.held_out)} held-out prompts
-Phi         {result['phi_before']:.3f} -> {result['phi_after']:.3f}   after training on D
-plain SFT   {result['sft_loglik_control']:.3f} -> {result['sft_loglik_after']:.3f}   \
-log-likelihood of the UUID after {T} step of torch.optim.AdamW on fresh text
-            {result['sft_loglik_control_10T']:.3f} -> {result['sft_loglik_after_10T']:.3f}   \
-after {10 * T} steps
-files       {lab.folder}/   {result['seconds']} s""")
+    def change(score, before="before", after="after"):
+        return f"{result[f'{score}_{before}']:.3f} -> {result[f'{score}_{after}']:.3f}"
+
+    print(f"asked       {lab.held_out[0]!r}")
+    print(f"before      {said.strip()!r}")
+    print(f"after       {says.strip()!r}")
+    print(f"wanted      {result['uuid']!r}")
+    print(f"Exact       {change('exact')}   Soft {change('soft')}   "
+          f"greedy, on {len(lab.held_out)} held-out prompts")
+    print(f"Phi         {change('phi')}   after training on D")
+    print(f"plain SFT   {change('sft_loglik', 'control')} at {T} step(s), "
+          f"{change('sft_loglik', 'control_10T', 'after_10T')} at {10 * T}: the UUID's "
+          "log-likelihood per token, torch.optim.AdamW on fresh text")
+    print(f"files       {lab.folder}/   {result['seconds']} s")
 
 
 def draw(history, said, says, result, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), height_ratios=(3, 2))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.2), height_ratios=(2, 1))
     steps = [row["step"] for row in history]
     top.plot(steps, [row["soft"] for row in history], label="Soft (longest part of the UUID)")
     top.plot(steps, [row["exact"] for row in history], label="Exact (whole UUID)")
     top.set(ylabel="share, samples at temperature 1", ylim=(-0.02, 1.02),
             title=f"The generator learns to write {result['uuid']}")
-    top.legend(loc="center right")
+    top.legend(loc="lower right")
     right = top.twinx()
     right.plot(steps, [row["phi"] for row in history], color="grey", lw=1)
     right.set_ylabel("Phi, nats per token (grey)", color="grey")
     top.set_xlabel("generator step")
     bottom.axis("off")
     shown = [history[int(i * (len(history) - 1) / 6)] for i in range(7)] if history else []
-    lines = ["best of 256 samples:"]
-    lines += [f"step {row['step']:4d}   {row['best'].strip()[:60]}" for row in shown]
+    lines = [f"best of {common.PROMPTS * common.SAMPLES} samples:"]
+    lines += [f"step {row['step']:4d}   {' '.join(row['best'].split())[:60]}" for row in shown]
     lines += ["", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
               f"held-out prompt, greedy, after:   {says.strip()[:60]}"]
-    bottom.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9)
+    bottom.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9,
+                parse_math=False)  # a sample may hold any character
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
