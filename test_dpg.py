@@ -449,8 +449,10 @@ def test_5c_adam_needs_eps_root_above_the_squared_gradients():
         phi, tau = attribute(2, AdamW(0.1, eps_root=factor * g2), LIKELIHOOD)
         estimate, truth = expectation(tau)[0], true_gradient(phi, 2)
         found.append((error(estimate, truth), torch.cosine_similarity(estimate, truth, 0).item()))
+        seen = (jacobian(losses, params).square() < factor * g2).double().mean().item()
         print(f"\nAdam, T = 1, n = 2, eps_root = {factor:g} max g^2: relative error "
-              f"{found[-1][0]:.4f}, cosine {found[-1][1]:.4f}", end="")
+              f"{found[-1][0]:.4f}, cosine {found[-1][1]:.4f}, coordinates with "
+              f"|g| < sqrt(eps_root): {seen:.2f}", end="")
     errors = [e for e, _ in found]
     assert errors[2] > 2 * errors[3] > 4 * errors[4]
     assert found[3][1] > 0.99 and found[4][1] > 0.99  # the healthy regime
@@ -785,17 +787,78 @@ def fused():
     return model
 
 
+class Spare(Bare):
+    """With parameters that the logits do not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
 @pytest.mark.parametrize("message, change", [
     ("steps", dict(steps=3)),
     ("column 0", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.ones(4, 3)))),
+    ("negative", dict(examples=Examples(torch.full((4, 3), -100), torch.tensor([[0, 1, 1]] * 4)))),
+    ("no label", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.zeros(4, 3)))),
     ("dropout", dict(model=GPT2LMHeadModel(gpt2().config).train())),
     ("float32", dict(model=gpt2().bfloat16())),
     ("attn_implementation", dict(model=fused())),
+    ("method", dict(method="forward")),
+    ("metric", dict(metric=lambda params: torch.ones(()))),
+    ("metric", dict(metric=lambda params: params["transformer.wpe.weight"])),
+    *(("metric", dict(model=filled(Spare(), 0), method=method, steps=2,
+                      metric=lambda params: params["spare.weight"].sum()))
+      for method in ("unroll", "replay")),
 ])
 def test_9_refusals(message, change):
     how = dict(model=gpt2(), examples=batch(0), metric=LIKELIHOOD, optimizer=SGD(0.1))
     with pytest.raises(ValueError, match=message):
         metagradient(**how | change)
+
+
+def test_9_more_refusals():
+    ones, policy = torch.ones(4, 3, dtype=int), gpt2(tied=False)
+    rollouts = Rollouts(ones, ones, ones, ones)
+    for message, call in {
+        "weights": lambda: sft(policy, batch(0), SGD(0.1), weights=torch.ones(3)),
+        "lr": lambda: SGD(-1.0),
+        "betas": lambda: AdamW(0.1, (0.9, 1.0)),
+        "start": lambda: rollouts.examples(None),
+        "temperature": lambda: token_log_probs(policy, rollouts, temperature=0),
+        "padded on the left": lambda: generate(
+            policy, (ones, ones.triu().flip(1)), samples=1, max_new_tokens=2, seed=0),
+        "samples": lambda: generate(policy, (ones, ones), samples=0, max_new_tokens=2, seed=0),
+        "group_size": lambda: advantages(ones[:, 0].float(), ones, group_size=3),
+        "baseline": lambda: advantages(ones[:, 0].float(), ones, baseline="median"),
+        "finite": lambda: advantages(torch.tensor([1, math.nan, 2, 3]), ones, scale=True),
+        "discount": lambda: advantages(ones.float(), ones),
+        "rows": lambda: advantages(ones[:3, 0].float(), ones),
+        "advantages": lambda: policy_gradient_loss(ones.float(), torch.ones(3), ones),
+        "entropy_coef": lambda: policy_gradient_loss(
+            ones.float(), torch.ones(4), ones, entropy_coef=0.1),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        sft(policy, batch(0), SGD(0.1))
+    with pytest.raises(FloatingPointError, match="lower"):
+        metagradient(policy, batch(0), lambda params: params["lm_head.weight"].sum() / 0, SGD(0.1))
+
+
+def test_9_a_wrapper_does_not_lose_the_positions():
+    """A forward that takes **kwargs shows no position_ids in its signature, and passes them on."""
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.generation_config = model, model.generation_config
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    tokens, mask = prompts_of([1], [2, 1, 1])
+    rollouts = Rollouts(tokens, mask, torch.ones_like(tokens), torch.ones_like(tokens))
+    found, wanted = (token_log_probs(model, rollouts) for model in (Wrapper(gpt2()), gpt2()))
+    assert torch.equal(found, wanted)
 
 
 # ---------------------------------------------------------------- 10: the tests bite
