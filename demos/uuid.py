@@ -4,6 +4,13 @@ A generator that rephrases sentences is trained by DPG. Phi is the log-likelihoo
 model gives to one UUID after training on the generator's text. No prompt holds the UUID, no text
 that the generator was trained on holds it, and the reward never compares strings; yet the
 generator comes to write it, to the last digit.
+
+Claim: Exact 1.0 on 64 held-out prompts, for the default UUID and for ten random ones (seeds 1 to
+10), each in about 3 minutes on one of two shared CPU cores, November 2026. Rewarding with Phi
+itself, or with DPG's rewards shuffled, leaves Exact at 0 (3 seeds each).
+
+Unlike the paper's, the target is freshly initialised. With the generator's own checkpoint as the
+target (--target demos/tiny-lm) the UUID does not come; the README says what was tried.
 """
 import pathlib
 import sys
