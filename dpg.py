@@ -301,7 +301,7 @@ def _replay(model, examples, metric, optimizer, weights, steps):
 
         tau_k = (d z_{k+1} / d w_k)^T adjoint,    adjoint <- (d z_{k+1} / d z_k)^T adjoint
     """
-    batches = list(_minibatches(examples, weights, steps))
+    batches = _minibatches(examples, weights, steps)
     params, frozen = _parameters(model)
     z, losses = [(params, optimizer.init(params))], []
     for batch, w in batches[:-1]:  # the last step is run once, on the way back

@@ -236,7 +236,7 @@ class Lab:
         model = copy.deepcopy(self.target)
         optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
         for step in range(steps):
-            texts = self.rng_texts(batch // SAMPLES, step)
+            texts = self.fresh_texts(batch // SAMPLES, step)
             data = self.rollouts(policy, texts, samples=SAMPLES, max_new_tokens=max_new_tokens,
                                  step=-2 - step).examples(self.start)
             labels = data.tokens.masked_fill(data.mask == 0, -100)
@@ -245,7 +245,7 @@ class Lab:
             optimizer.step()
         return dict(model.named_parameters())
 
-    def rng_texts(self, n, step):
+    def fresh_texts(self, n, step):
         """Held-out sentences for the check, the same for every generator."""
         rng = random.Random(self.seed(step))
         if self.args.prompts:

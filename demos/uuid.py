@@ -6,8 +6,8 @@ that the generator was trained on holds it, and the reward never compares string
 generator comes to write it, to the last digit.
 
 Claim: Exact 1.0 on 64 held-out prompts, for the default UUID and for ten random ones (seeds 1 to
-10), each in about 3 minutes on one of two shared CPU cores, November 2026. Rewarding with Phi
-itself, or with DPG's rewards shuffled, leaves Exact at 0 (3 seeds each).
+10), in 156 to 257 s each on one of two shared CPU cores, November 2026. Rewarding with Phi itself,
+or with DPG's rewards shuffled, leaves Exact at 0 (3 seeds each).
 
 Unlike the paper's, the target is freshly initialised. With the generator's own checkpoint as the
 target (--target demos/tiny-lm) the UUID does not come; the README says what was tried.
@@ -72,7 +72,7 @@ def main(argv=None):
         """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
         greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length)
         exact, soft = scores(lab.texts(greedy), args.uuid)
-        data = lab.rollouts(policy, lab.rng_texts(common.PROMPTS, 0), samples=common.SAMPLES,
+        data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
                             max_new_tokens=length).examples(lab.start)
         phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
         loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
