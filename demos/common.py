@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -59,6 +60,30 @@ def count(text):
     return int(text)
 
 
+def positive(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def above_zero(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
+def text_file(path):
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
+
+
 def device(text):
     kind, _, index = text.partition(":")
     here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
@@ -68,12 +93,8 @@ def device(text):
 
 
 def sentences(path):
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
-    lines = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    lines = [line.strip() for line in text_file(path).splitlines()]
+    lines = list(dict.fromkeys(filter(None, lines)))
     if len(lines) < 5:
         raise argparse.ArgumentTypeError(f"{path!r} has {len(lines)} sentences, 5 are the least")
     return lines
@@ -84,13 +105,11 @@ def sentences(path):
 class Lab:
     """The models, prompts and rewards of one run, and its folder."""
 
-    def __init__(self, arguments, argv=None, objection=lambda args: None):
-        """`objection(args)` is a demo's own check: what is wrong with its options, or None."""
+    def __init__(self, arguments, argv=None, objection=lambda lab: None):
+        """`objection(lab)` is a demo's own check: what is wrong with its options, or None."""
         # Arguments are checked to the last one before anything is written.
         self.began = time.perf_counter()
         args = self.args = arguments.parse_args(argv)
-        if message := objection(args):
-            arguments.error(message)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
@@ -126,6 +145,8 @@ class Lab:
         else:
             self.held_out = [corpus.render(frame, "en", self.rng)
                              for frame in corpus.frames(self.rng, HELD_OUT, held_out=True)]
+        if message := objection(self):
+            arguments.error(message)
         self.folder = pathlib.Path(args.out or f"runs/{self.demo}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +167,11 @@ class Lab:
                                return_tensors="pt")
         return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
 
-    def training_prompts(self):
+    def training_prompts(self, n):
         if self.args.prompts:
-            return self.prompts(self.rng.choices(self.sentences, k=PROMPTS))
+            return self.prompts(self.rng.choices(self.sentences, k=n))
         return self.prompts([corpus.render(frame, "en", self.rng)
-                             for frame in corpus.frames(self.rng, PROMPTS)])
+                             for frame in corpus.frames(self.rng, n)])
 
     def texts(self, rollouts):
         """What was written, without the end-of-text."""
@@ -165,6 +186,23 @@ class Lab:
         labels = torch.arange(tokens.shape[1]) <= torch.tensor([[len(r)] for r in rows])
         labels[:, 0] = False
         return dpg.Examples(tokens.to(self.device), labels.to(self.device))
+
+    # -------------------------------------------------------------- the target's LM head
+
+    def head(self):
+        """The name of the LM head's weight; a head tied to the embedding is untied first."""
+        head, embedding = self.target.get_output_embeddings(), self.target.get_input_embeddings()
+        if head.weight is embedding.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+            self.target.config.tie_word_embeddings = False
+            print("the target's LM head was tied to its embedding; it is a copy now",
+                  file=sys.stderr)
+        return next(name for name, p in self.target.named_parameters() if p is head.weight)
+
+    def gentle_lr(self, steps):
+        """The rate at which `steps` Adam steps move the target's head by the fraction of its scale
+        by which the paper's 96 steps of 5e-6 move GPT-2's, whose weights have std 0.14: 0.34 %."""
+        return 96 * 5e-6 / 0.14 * self.target.get_output_embeddings().weight.std().item() / steps
 
     # ------------------------------------------------------------------------------- rewards
 
@@ -181,7 +219,8 @@ class Lab:
                 with torch.no_grad():
                     phi.append(metric(dpg.sft(self.target, part, optimizer, steps=steps)))
             phi = torch.stack(phi)
-            return dpg.Attribution(phi.repeat(PROMPTS), phi.mean().item(), {}, phi.new_zeros(0))
+            tau = phi.repeat(len(examples.tokens) // SAMPLES)
+            return dpg.Attribution(tau, phi.mean().item(), {}, phi.new_zeros(0))
 
         def shuffled(examples):
             """DPG's tau, dealt out again at random among the label positions."""
@@ -196,8 +235,11 @@ class Lab:
 
     # ------------------------------------------------------------------------ the training loop
 
-    def train(self, reward, observe, *, lr, steps, discount, max_new_tokens, kl_coef, entropy_coef):
-        """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl."""
+    def train(self, reward, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
+              entropy_coef, temperature=1.0, prompts=PROMPTS):
+        """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl.
+
+        The one called `show` stands beside the progress bar."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
@@ -206,9 +248,10 @@ class Lab:
         with open(self.folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as log:
             for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
                 result = dpg.dpg_step(
-                    self.policy, optimizer, self.training_prompts(), reward, samples=SAMPLES,
+                    self.policy, optimizer, self.training_prompts(prompts), reward, samples=SAMPLES,
                     max_new_tokens=max_new_tokens, start=self.start, seed=self.seed(step),
-                    group_size=None if self.args.reward == "naive" else PROMPTS * SAMPLES // steps,
+                    temperature=temperature,
+                    group_size=None if self.args.reward == "naive" else prompts * SAMPLES // steps,
                     discount=None if self.args.reward == "naive" else discount, baseline="mean",
                     scale=True, kl_coef=kl_coef, reference=self.reference,
                     entropy_coef=entropy_coef)
@@ -216,8 +259,8 @@ class Lab:
                 history.append({"step": step, "phi": result.attribution.metric, **observe(result),
                                 "entropy": result.entropy, "kl": result.kl})
                 log.write(json.dumps(history[-1]) + "\n")
-                best = " ".join(history[-1]["best"].split())
-                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {best}")
+                shown = " ".join(str(history[-1][show]).split())
+                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {shown}")
         return history
 
     def seed(self, step):
@@ -229,21 +272,24 @@ class Lab:
         return dpg.generate(policy, self.prompts(texts), samples=samples, seed=self.seed(step),
                             max_new_tokens=max_new_tokens, temperature=temperature)
 
-    def sft(self, policy, *, lr, batch, steps, max_new_tokens):
-        """Ordinary SFT: torch.optim.AdamW and the model's own loss, `steps` batches of fresh text.
+    def fresh_data(self, policy, *, batch, steps, max_new_tokens, temperature=1.0):
+        """`steps` batches of what the policy writes for held-out prompts."""
+        return [self.rollouts(policy, self.fresh_texts(batch // SAMPLES, step), samples=SAMPLES,
+                              max_new_tokens=max_new_tokens, temperature=temperature,
+                              step=-2 - step).examples(self.start) for step in range(steps)]
 
-        Returns the parameters of a trained copy of the target, for a metric."""
+    def sft(self, batches, *, lr):
+        """Ordinary SFT of a copy of the target: torch.optim.AdamW and the model's own loss.
+
+        Yields the parameters after each batch, for a metric."""
         model = copy.deepcopy(self.target)
         optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
-        for step in range(steps):
-            texts = self.fresh_texts(batch // SAMPLES, step)
-            data = self.rollouts(policy, texts, samples=SAMPLES, max_new_tokens=max_new_tokens,
-                                 step=-2 - step).examples(self.start)
-            labels = data.tokens.masked_fill(data.mask == 0, -100)
+        for batch in batches:
+            labels = batch.tokens.masked_fill(batch.mask == 0, -100)
             optimizer.zero_grad()
-            model(data.tokens, labels=labels).loss.backward()
+            model(batch.tokens, labels=labels).loss.backward()
             optimizer.step()
-        return dict(model.named_parameters())
+            yield dict(model.named_parameters())
 
     def fresh_texts(self, n, step):
         """Held-out sentences for the check, the same for every generator."""

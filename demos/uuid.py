@@ -54,8 +54,8 @@ def scores(texts, uuid):
 def main(argv=None):
     parser = common.parser(__doc__, steps=160, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
-    lab = common.Lab(parser, argv, lambda args: "--prompts: one holds the UUID" if any(
-        args.uuid in sentence for sentence in args.prompts or ()) else None)
+    lab = common.Lab(parser, argv, lambda lab: "--prompts: one holds the UUID" if any(
+        lab.args.uuid in sentence for sentence in lab.args.prompts or ()) else None)
     args = lab.args
     wanted = lab.examples([args.uuid])
     length = wanted.tokens.shape[1] - 1  # a rollout has room for the UUID and no more
@@ -75,12 +75,13 @@ def main(argv=None):
         data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
                             max_new_tokens=length).examples(lab.start)
         phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
-        loglik = [metric(lab.sft(policy, lr=INNER_LR, batch=len(data.tokens) // T, steps=steps,
-                                 max_new_tokens=length)).item() for steps in (T, 10 * T)]
-        return exact, soft, phi, loglik, lab.texts(greedy)[0]
+        fresh = lab.fresh_data(policy, batch=len(data.tokens) // T, steps=10 * T,
+                               max_new_tokens=length)
+        loglik = [metric(params).item() for params in lab.sft(fresh, lr=INNER_LR)]
+        return exact, soft, phi, (loglik[T - 1], loglik[-1]), lab.texts(greedy)[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, lr=3e-3, steps=T, discount=0.5,
+    history = lab.train(lab.reward(metric, inner, T), observe, show="best", lr=3e-3, steps=T, discount=0.5,
                         max_new_tokens=length, kl_coef=0.2, entropy_coef=0.1)
     after = check(lab.policy)
     result = lab.finish(

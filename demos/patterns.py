@@ -1,0 +1,227 @@
+"""What the two pictures share: where one is drawn in the target, how it is trained and checked.
+
+A picture of R x C pixels is drawn in the signs of change of a part of the target's LM head,
+
+    P = lm_head.weight[rows, :C]        black where training on D made P larger, white elsewhere
+
+Its columns are the first C hidden units; its rows belong to the R tokens that begin a word and that
+the untrained generator writes most often. (Sections 4.1 and 4.2; the paper's patch is the first
+hidden units x the first tokens of the vocabulary, so this picture is transposed.)
+"""
+import argparse
+import collections
+import json
+import sys
+
+import matplotlib.image
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dpg
+from demos import common
+
+S = 20.0  # the paper's sharpness of the softplus
+EPS_ROOT, SGD_LR = 1e-3, 20.0
+# The small generator is far more certain of its next word than a real model: 0.9 nats of entropy.
+# At temperature 1 most tokens never come up where they would have earned something.
+TEMPERATURE = 2.0
+SETTINGS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_tokens=24)
+# The inner run moves the head by this many times the paper's 0.34 % of its scale, whatever T is.
+# The picture is checked after 96 steps of plain AdamW that move it 1, 10 and 100 times as far.
+TRAINED_AT, CHECKED_AT, CHECK_STEPS, CHECK_BATCH = 100, (1, 10, 100), 96, 64
+
+
+def parse(text, name):
+    """Rows of # and . to a tensor of 1 and -1."""
+    rows = text.split()
+
+    def refuse(why):
+        raise argparse.ArgumentTypeError(f"{name} must be rows of # and . of one length: {why}")
+    if not rows:
+        refuse("it is empty")
+    for i, row in enumerate(rows, 1):
+        if strange := set(row) - set("#."):
+            refuse(f"row {i} has {min(strange)!r}")
+        if len(row) != len(rows[0]):
+            refuse(f"row 1 has {len(rows[0])} pixels, row {i} has {len(row)}")
+    return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in row] for row in rows])
+
+
+def parser(doc, *, steps):
+    p = common.parser(doc, steps=steps, target=str(common.TINY_LM))
+    p.add_argument("--pattern", type=lambda path: parse(common.text_file(path), repr(path)),
+                   metavar="FILE", help="draw this instead: rows of # (larger) and . (smaller)")
+    p.add_argument("--inner-steps", type=common.positive, default=1, metavar="T",
+                   help="Adam steps that the metagradient goes through (default 1)")
+    p.add_argument("--temperature", type=common.above_zero, default=TEMPERATURE,
+                   help=f"of the generator's sampling (default {TEMPERATURE:g})")
+    return p
+
+
+class Canvas:
+    """A pattern (R, C) of 1 and -1, and its place in the target's head."""
+
+    def __init__(self, lab, pattern):
+        self.head, self.pattern = lab.head(), pattern.to(lab.device)
+        self.rows = word_tokens(lab, len(pattern))
+        self.before = lab.target.get_parameter(self.head).detach().clone()[self.rows]
+
+    def change(self, params):
+        return (params[self.head][self.rows] - self.before)[:, :self.pattern.shape[1]]
+
+    def metric(self, params):
+        """Phi = -mean softplus(-s * Y * (P_after - P_before))"""
+        return -F.softplus(-S * self.pattern * self.change(params)).mean()
+
+    def decode(self, params):
+        return torch.where(self.change(params) > 0, 1.0, -1.0)
+
+    def accuracy(self, decoded):
+        return (decoded == self.pattern).float().mean().item()
+
+
+def word_tokens(lab, n):
+    """Ids of the n tokens that begin a word and that the untrained generator writes most often."""
+    rollouts = lab.rollouts(lab.reference, lab.held_out, samples=8, max_new_tokens=24)
+    count = collections.Counter(rollouts.tokens[rollouts.mask.bool()].tolist())
+    words = words_of(lab.tokenizer)
+    return sorted(sorted(words, key=lambda token: (-count[token], token))[:n])
+
+
+def words_of(tokenizer):
+    """Ids of the ordinary tokens that begin a word: a space, then letters."""
+    special = set(tokenizer.all_special_ids)
+    texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
+    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha()]
+
+
+def too_large(lab, pattern):
+    """Why the pattern does not fit the target's head, or None."""
+    (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer))
+    width = lab.target.get_output_embeddings().weight.shape[1]
+    if rows > words or columns > width:
+        return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"
+
+
+def run(arguments, argv, choose, *, prompts, more=lambda args, image: {}):
+    """Train a generator to draw `choose(args)`; more(args, image) adds to the result."""
+    lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
+    args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
+    canvas = Canvas(lab, choose(args))
+    batch = max(8, 4 * round(prompts * common.SAMPLES / T / 4))  # of an inner step
+    inner = (dpg.AdamW(TRAINED_AT * lab.gentle_lr(T), eps_root=EPS_ROOT) if args.inner == "adam"
+             else dpg.SGD(SGD_LR / T))
+    screen = Screen()
+
+    def observe(result):
+        if args.reward == "naive":  # it trains four copies, and keeps none
+            params = dpg.sft(lab.target, result.rollouts.examples(lab.start), inner, steps=T)
+        else:
+            params = result.attribution.params
+        decoded = canvas.decode(params)
+        screen.draw(decoded)
+        return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)}
+
+    def check(policy):
+        """Pixel accuracy after each step of plain SFT on fresh text, at each movement."""
+        data = lab.fresh_data(policy, batch=CHECK_BATCH, steps=CHECK_STEPS,
+                              max_new_tokens=length, temperature=args.temperature)
+        curves = {}
+        for multiple in CHECKED_AT:
+            lr = multiple * lab.gentle_lr(CHECK_STEPS)
+            decoded = [canvas.decode(params) for params in lab.sft(data, lr=lr)]
+            curves[multiple] = [canvas.accuracy(d) for d in decoded]
+            if multiple == 1:
+                picture = decoded[-1]
+        return curves, picture
+
+    before, _ = check(lab.reference)
+    history = lab.train(
+        lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy", steps=T,
+        prompts=T * batch // common.SAMPLES, temperature=args.temperature, **SETTINGS)
+    after, picture = check(lab.policy)
+    image = enlarge(picture)
+    extra = more(args, image)
+    matplotlib.image.imsave(lab.folder / "pattern.png", image, cmap="gray", vmin=0, vmax=255)
+    with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
+        for step in range(CHECK_STEPS):
+            row = {f"accuracy_{m}x": round(after[m][step], 4) for m in CHECKED_AT}
+            file.write(json.dumps({"step": step + 1, **row}) + "\n")
+    result = lab.finish(
+        inner_steps=T, pattern=list(canvas.pattern.shape),
+        rows=[lab.tokenizer.decode([row]) for row in canvas.rows],
+        pixel_accuracy_before=before[1][-1], pixel_accuracy_after=after[1][-1],
+        **{f"pixel_accuracy_{when}_{m}x": curves[m][-1] for m in CHECKED_AT[1:]
+           for when, curves in (("before", before), ("after", after))}, **extra)
+    draw(history, after, canvas.pattern, picture, result, lab.folder / "figure.png")
+    example = lab.texts(lab.rollouts(lab.policy, lab.held_out[:1], temperature=args.temperature,
+                                     max_new_tokens=length))[0]
+    print(blocks(picture, colour=sys.stdout.isatty()))
+    print(f"asked       {lab.held_out[0]!r}")
+    print(f"writes      {example.strip()!r}")
+    print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   pixels, after {CHECK_STEPS} "
+          "steps of torch.optim.AdamW on fresh text")
+    for m in CHECKED_AT[1:]:
+        print(f"            {before[m][-1]:.3f} -> {after[m][-1]:.3f}   the same, learning rate "
+              f"x {m}")
+    for name, value in extra.items():
+        print(f"{name:12}{value!r}")
+    print(f"files       {lab.folder}/   {result['seconds']} s")
+
+
+# ------------------------------------------------------------------------------- what one sees
+
+def enlarge(picture, pixel=10, margin=4):
+    """The picture as grey values, black for 1, with the white margin that QR readers want."""
+    grey = np.pad(np.where(picture.cpu().numpy() > 0, 0, 255), margin, constant_values=255)
+    return np.kron(grey, np.ones((pixel, pixel))).astype(np.uint8)
+
+
+def blocks(picture, colour, margin=2):
+    """The picture in block characters, two pixels high each; black on white where there is colour."""
+    rows = np.pad(picture.cpu().numpy() > 0, margin)
+    rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
+    lines = ("".join(" ▀▄█"[top + 2 * bottom] for top, bottom in zip(*pair, strict=True))
+             for pair in zip(rows[::2], rows[1::2]))
+    return "\n".join(f"\x1b[30;107m{line}\x1b[0m" if colour else line for line in lines)
+
+
+class Screen:
+    """Redraws a picture in place above the progress bar, where there is a terminal."""
+
+    def __init__(self):
+        self.height = 0
+
+    def draw(self, picture):
+        if sys.stderr.isatty():
+            text = blocks(picture, colour=True)
+            up = f"\x1b[{self.height}A\r" if self.height else ""
+            tqdm.write(up + text, file=sys.stderr)
+            self.height = text.count("\n") + 1
+
+
+def draw(history, after, pattern, picture, result, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), width_ratios=(2, 2, 3, 3))
+    for axis, pixels, title in ((axes[0], pattern, "target pattern"),
+                                (axes[1], picture, "out of the weights")):
+        axis.imshow(pixels.cpu(), cmap="gray_r", vmin=-1, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[])
+    axes[1].set_xlabel(f"{CHECK_STEPS} steps of AdamW on fresh text:\n"
+                       f"{result['pixel_accuracy_after']:.3f} of the pixels")
+    axes[2].plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
+    axes[2].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
+                ylabel="pixel accuracy")
+    for multiple, curve in after.items():
+        axes[3].plot(range(1, CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
+    axes[3].set(title="validation", xlabel="step of plain AdamW")
+    axes[3].legend(loc="lower right")
+    for axis in axes[2:]:
+        axis.set_ylim(0.4, 1.02)
+        axis.axhline(0.5, color="grey", lw=0.8, ls=":")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

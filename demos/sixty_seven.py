@@ -1,0 +1,34 @@
+"""Can text that was only asked to be rephrasings draw "67" in a model's weights? (section 4.2)
+
+A generator that rephrases sentences is trained by DPG. Phi asks that training on its text makes
+some weights of the target's LM head larger and others smaller, 42 of them, in the pattern of a
+picture. No text describes the picture, and the reward never sees a token.
+"""
+import pathlib
+import sys
+
+# Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+from demos import patterns
+
+SIXTY_SEVEN = """
+.##.###
+#.....#
+##....#
+#.#..#.
+#.#..#.
+.#...#.
+"""
+
+
+def main(argv=None):
+    def choose(args):
+        given = args.pattern is not None
+        return args.pattern if given else patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN")
+
+    patterns.run(patterns.parser(__doc__, steps=150), argv, choose, prompts=64)
+
+
+if __name__ == "__main__":
+    main()
