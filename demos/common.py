@@ -27,6 +27,10 @@ from demos import corpus
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
 
+# Metrics of the weights are checked after 96 steps of plain AdamW on fresh text (section 4.2), that
+# move the head by as much of its scale as the paper's do, and by 10 and 100 times as much.
+CHECK_STEPS, CHECK_BATCH, MULTIPLES = 96, 64, (1, 10, 100)
+
 
 # ------------------------------------------------------------------------------ the command line
 
@@ -51,6 +55,16 @@ def parser(doc, *, steps, target):
     p.add_argument("--reward", choices=("dpg", "naive", "shuffled"), default="dpg",
                    help="dpg, or a control: naive is Phi itself, shuffled is dpg's tau permuted")
     p.add_argument("--inner", choices=("adam", "sgd"), default="adam", help="A's optimizer")
+    return p
+
+
+def weights_parser(doc, *, steps, temperature):
+    """The options of the demos whose metric reads the target's weights."""
+    p = parser(doc, steps=steps, target=str(TINY_LM))
+    p.add_argument("--inner-steps", type=positive, default=1, metavar="T",
+                   help="Adam steps that the metagradient goes through (default 1)")
+    p.add_argument("--temperature", type=above_zero, default=temperature,
+                   help=f"of the generator's sampling (default {temperature:g})")
     return p
 
 
@@ -200,8 +214,8 @@ class Lab:
         return next(name for name, p in self.target.named_parameters() if p is head.weight)
 
     def gentle_lr(self, steps):
-        """The rate at which `steps` Adam steps move the target's head by the fraction of its scale
-        by which the paper's 96 steps of 5e-6 move GPT-2's, whose weights have std 0.14: 0.34 %."""
+        """The rate at which `steps` Adam steps move the target's head by 0.34 % of its scale: as
+        the paper's 96 steps of 5e-6 move GPT-2's, whose weights have standard deviation 0.14."""
         return 96 * 5e-6 / 0.14 * self.target.get_output_embeddings().weight.std().item() / steps
 
     # ------------------------------------------------------------------------------- rewards
@@ -239,7 +253,9 @@ class Lab:
               entropy_coef, temperature=1.0, prompts=PROMPTS):
         """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl.
 
-        The one called `show` stands beside the progress bar."""
+        The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
+        so that each of the `steps` inner minibatches has equally many, and two at least."""
+        prompts = steps * max(2, round(prompts / steps))
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
@@ -290,6 +306,15 @@ class Lab:
             model(batch.tokens, labels=labels).loss.backward()
             optimizer.step()
             yield dict(model.named_parameters())
+
+    def check(self, policy, measure, *, max_new_tokens):
+        """measure(params) after each step of ordinary SFT on fresh text, for each multiple of the
+        paper's movement."""
+        data = self.fresh_data(policy, batch=CHECK_BATCH, steps=CHECK_STEPS,
+                               max_new_tokens=max_new_tokens, temperature=self.args.temperature)
+        return {multiple: [measure(params) for params in
+                           self.sft(data, lr=multiple * self.gentle_lr(CHECK_STEPS))]
+                for multiple in MULTIPLES}
 
     def fresh_texts(self, n, step):
         """Held-out sentences for the check, the same for every generator."""

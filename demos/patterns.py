@@ -23,14 +23,11 @@ import dpg
 from demos import common
 
 S = 20.0  # the paper's sharpness of the softplus
-EPS_ROOT, SGD_LR = 1e-3, 20.0
-# The small generator is far more certain of its next word than a real model: 0.9 nats of entropy.
-# At temperature 1 most tokens never come up where they would have earned something.
+SGD_LR = 20.0
+# The small generator is far more certain of its next word than a real model (0.9 nats): sampled at
+# temperature 1, it rarely tries the tokens that would have earned something.
 TEMPERATURE = 2.0
 SETTINGS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_tokens=24)
-# The inner run moves the head by this many times the paper's 0.34 % of its scale, whatever T is.
-# The picture is checked after 96 steps of plain AdamW that move it 1, 10 and 100 times as far.
-TRAINED_AT, CHECKED_AT, CHECK_STEPS, CHECK_BATCH = 100, (1, 10, 100), 96, 64
 
 
 def parse(text, name):
@@ -50,14 +47,24 @@ def parse(text, name):
 
 
 def parser(doc, *, steps):
-    p = common.parser(doc, steps=steps, target=str(common.TINY_LM))
+    p = common.weights_parser(doc, steps=steps, temperature=TEMPERATURE)
     p.add_argument("--pattern", type=lambda path: parse(common.text_file(path), repr(path)),
                    metavar="FILE", help="draw this instead: rows of # (larger) and . (smaller)")
-    p.add_argument("--inner-steps", type=common.positive, default=1, metavar="T",
-                   help="Adam steps that the metagradient goes through (default 1)")
-    p.add_argument("--temperature", type=common.above_zero, default=TEMPERATURE,
-                   help=f"of the generator's sampling (default {TEMPERATURE:g})")
     return p
+
+
+def inner_optimizer(lab, rows):
+    """Adam or SGD for the inner run.
+
+    A single step's rate has no say in what the step teaches: it sets how much more a wrong pixel
+    counts in Phi than a right one, and 10 / s is enough. Several steps move the head by 100 times
+    the paper's movement, the farthest that a picture is checked at. A row's gradient is of the
+    order of its token's share of the text, 1 / rows: eps_root leaves Adam unsaturated there."""
+    T = lab.args.inner_steps
+    if lab.args.inner == "sgd":
+        return dpg.SGD(SGD_LR / T)
+    lr = 10 / S if T == 1 else 100 * lab.gentle_lr(T)
+    return dpg.AdamW(lr, eps_root=(0.5 / rows) ** 2)
 
 
 class Canvas:
@@ -109,51 +116,39 @@ def run(arguments, argv, choose, *, prompts, more=lambda args, image: {}):
     """Train a generator to draw `choose(args)`; more(args, image) adds to the result."""
     lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
-    canvas = Canvas(lab, choose(args))
-    batch = max(8, 4 * round(prompts * common.SAMPLES / T / 4))  # of an inner step
-    inner = (dpg.AdamW(TRAINED_AT * lab.gentle_lr(T), eps_root=EPS_ROOT) if args.inner == "adam"
-             else dpg.SGD(SGD_LR / T))
-    screen = Screen()
+    pattern, screen = choose(args), Screen()
+    canvas, inner = Canvas(lab, pattern), inner_optimizer(lab, len(pattern))
 
     def observe(result):
-        if args.reward == "naive":  # it trains four copies, and keeps none
+        params = result.attribution.params
+        if not params:  # the naive reward trains four copies, and keeps none
             params = dpg.sft(lab.target, result.rollouts.examples(lab.start), inner, steps=T)
-        else:
-            params = result.attribution.params
         decoded = canvas.decode(params)
         screen.draw(decoded)
         return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)}
 
     def check(policy):
-        """Pixel accuracy after each step of plain SFT on fresh text, at each movement."""
-        data = lab.fresh_data(policy, batch=CHECK_BATCH, steps=CHECK_STEPS,
-                              max_new_tokens=length, temperature=args.temperature)
-        curves = {}
-        for multiple in CHECKED_AT:
-            lr = multiple * lab.gentle_lr(CHECK_STEPS)
-            decoded = [canvas.decode(params) for params in lab.sft(data, lr=lr)]
-            curves[multiple] = [canvas.accuracy(d) for d in decoded]
-            if multiple == 1:
-                picture = decoded[-1]
-        return curves, picture
+        """The picture after 96 steps, and the pixel accuracy after each of them."""
+        decoded = lab.check(policy, canvas.decode, max_new_tokens=length)
+        return decoded[1][-1], {multiple: [round(canvas.accuracy(d), 4) for d in each]
+                                for multiple, each in decoded.items()}
 
-    before, _ = check(lab.reference)
-    history = lab.train(
-        lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy", steps=T,
-        prompts=T * batch // common.SAMPLES, temperature=args.temperature, **SETTINGS)
-    after, picture = check(lab.policy)
+    _, before = check(lab.reference)
+    history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
+                        steps=T, prompts=prompts, temperature=args.temperature, **SETTINGS)
+    picture, after = check(lab.policy)
     image = enlarge(picture)
     extra = more(args, image)
     matplotlib.image.imsave(lab.folder / "pattern.png", image, cmap="gray", vmin=0, vmax=255)
     with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
-        for step in range(CHECK_STEPS):
-            row = {f"accuracy_{m}x": round(after[m][step], 4) for m in CHECKED_AT}
-            file.write(json.dumps({"step": step + 1, **row}) + "\n")
+        for step, row in enumerate(zip(*after.values()), 1):
+            row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}
+            file.write(json.dumps({"step": step, **row}) + "\n")
     result = lab.finish(
         inner_steps=T, pattern=list(canvas.pattern.shape),
         rows=[lab.tokenizer.decode([row]) for row in canvas.rows],
         pixel_accuracy_before=before[1][-1], pixel_accuracy_after=after[1][-1],
-        **{f"pixel_accuracy_{when}_{m}x": curves[m][-1] for m in CHECKED_AT[1:]
+        **{f"pixel_accuracy_{when}_{m}x": curves[m][-1] for m in common.MULTIPLES[1:]
            for when, curves in (("before", before), ("after", after))}, **extra)
     draw(history, after, canvas.pattern, picture, result, lab.folder / "figure.png")
     example = lab.texts(lab.rollouts(lab.policy, lab.held_out[:1], temperature=args.temperature,
@@ -161,9 +156,9 @@ def run(arguments, argv, choose, *, prompts, more=lambda args, image: {}):
     print(blocks(picture, colour=sys.stdout.isatty()))
     print(f"asked       {lab.held_out[0]!r}")
     print(f"writes      {example.strip()!r}")
-    print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   pixels, after {CHECK_STEPS} "
+    print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   pixels, after {common.CHECK_STEPS} "
           "steps of torch.optim.AdamW on fresh text")
-    for m in CHECKED_AT[1:]:
+    for m in common.MULTIPLES[1:]:
         print(f"            {before[m][-1]:.3f} -> {after[m][-1]:.3f}   the same, learning rate "
               f"x {m}")
     for name, value in extra.items():
@@ -210,13 +205,13 @@ def draw(history, after, pattern, picture, result, path):
                                 (axes[1], picture, "out of the weights")):
         axis.imshow(pixels.cpu(), cmap="gray_r", vmin=-1, vmax=1)
         axis.set(title=title, xticks=[], yticks=[])
-    axes[1].set_xlabel(f"{CHECK_STEPS} steps of AdamW on fresh text:\n"
+    axes[1].set_xlabel(f"{common.CHECK_STEPS} steps of AdamW on fresh text:\n"
                        f"{result['pixel_accuracy_after']:.3f} of the pixels")
     axes[2].plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
     axes[2].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
                 ylabel="pixel accuracy")
     for multiple, curve in after.items():
-        axes[3].plot(range(1, CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
+        axes[3].plot(range(1, common.CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
     axes[3].set(title="validation", xlabel="step of plain AdamW")
     axes[3].legend(loc="lower right")
     for axis in axes[2:]:

@@ -1,0 +1,77 @@
+"""Can text that was only asked to be rephrasings shrink a model's weights? (section 4.3)
+
+A generator that rephrases sentences is trained by DPG with Phi = -norm of the target's LM head.
+Fine-tuning has no reason to shrink it: on ordinary rephrasings it grows.
+"""
+import pathlib
+import sys
+
+# Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import matplotlib
+
+import dpg
+from demos import common
+
+EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, 24
+
+
+def main(argv=None):
+    lab = common.Lab(common.weights_parser(__doc__, steps=60, temperature=1.0), argv)
+    head, T = lab.head(), lab.args.inner_steps
+    inner = (dpg.AdamW(100 * lab.gentle_lr(T), eps_root=EPS_ROOT) if lab.args.inner == "adam"
+             else dpg.SGD(SGD_LR / T))
+
+    def metric(params):
+        return -params[head].norm()
+
+    def norm(params):
+        return params[head].norm().item()
+
+    def observe(result):
+        return {"norm": round(-result.attribution.metric, 3)}
+
+    control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="norm", steps=T, lr=8e-3,
+                        discount=0.5, max_new_tokens=LENGTH, kl_coef=0.03, entropy_coef=0.05,
+                        temperature=lab.args.temperature)
+    after = lab.check(lab.policy, norm, max_new_tokens=LENGTH)
+    result = lab.finish(
+        inner_steps=T, norm_before=norm(dict(lab.target.named_parameters())),
+        norm_after=after[1][-1], norm_control=control[1][-1],
+        **{f"norm_{when}_{m}x": curves[m][-1] for m in common.MULTIPLES[1:]
+           for when, curves in (("after", after), ("control", control))})
+    draw(history, control, after, result, lab.folder / "figure.png")
+    example = lab.rollouts(lab.policy, lab.held_out[:1], max_new_tokens=LENGTH,
+                           temperature=lab.args.temperature)
+    print(f"asked       {lab.held_out[0]!r}")
+    print(f"writes      {lab.texts(example)[0].strip()!r}")
+    print(f"norm        {result['norm_before']:.4f} of the target's LM head; after "
+          f"{common.CHECK_STEPS} steps of torch.optim.AdamW on fresh text:")
+    for m in common.MULTIPLES:
+        print(f"            {control[m][-1]:.4f} by the untrained generator, {after[m][-1]:.4f} by "
+              f"the trained one   learning rate x {m}")
+    print(f"files       {lab.folder}/   {result['seconds']} s")
+
+
+def draw(history, control, after, result, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 1 + len(after), figsize=(14, 3.4))
+    axes[0].plot([row["step"] for row in history], [row["norm"] for row in history])
+    axes[0].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
+                ylabel="norm of the LM head")
+    for axis, multiple in zip(axes[1:], after):
+        axis.plot(control[multiple], color="grey", label="untrained generator's text")
+        axis.plot(after[multiple], label="trained generator's text")
+        axis.axhline(result["norm_before"], color="black", lw=0.8, ls=":")
+        axis.set(title=f"validation, learning rate x {multiple}", xlabel="step of plain AdamW")
+    axes[1].legend(loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
