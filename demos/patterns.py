@@ -23,11 +23,12 @@ import dpg
 from demos import common
 
 S = 20.0  # the paper's sharpness of the softplus
-SGD_LR = 20.0
+EPS_ROOT, SGD_LR = 5e-4, 20.0
 # The small generator is far more certain of its next word than a real model (0.9 nats): sampled at
 # temperature 1, it rarely tries the tokens that would have earned something.
 TEMPERATURE = 2.0
-SETTINGS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_tokens=24)
+SETTINGS = dict(prompts=128, lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05,
+                max_new_tokens=24)
 
 
 def parse(text, name):
@@ -53,18 +54,17 @@ def parser(doc, *, steps):
     return p
 
 
-def inner_optimizer(lab, rows):
+def inner_optimizer(lab):
     """Adam or SGD for the inner run.
 
     A single step's rate has no say in what the step teaches: it sets how much more a wrong pixel
     counts in Phi than a right one, and 10 / s is enough. Several steps move the head by 100 times
-    the paper's movement, the farthest that a picture is checked at. A row's gradient is of the
-    order of its token's share of the text, 1 / rows: eps_root leaves Adam unsaturated there."""
+    the paper's movement, the farthest that a picture is checked at."""
     T = lab.args.inner_steps
     if lab.args.inner == "sgd":
         return dpg.SGD(SGD_LR / T)
     lr = 10 / S if T == 1 else 100 * lab.gentle_lr(T)
-    return dpg.AdamW(lr, eps_root=(0.5 / rows) ** 2)
+    return dpg.AdamW(lr, eps_root=EPS_ROOT)
 
 
 class Canvas:
@@ -112,12 +112,11 @@ def too_large(lab, pattern):
         return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"
 
 
-def run(arguments, argv, choose, *, prompts, more=lambda args, image: {}):
+def run(arguments, argv, choose, *, more=lambda args, image: {}):
     """Train a generator to draw `choose(args)`; more(args, image) adds to the result."""
     lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
-    pattern, screen = choose(args), Screen()
-    canvas, inner = Canvas(lab, pattern), inner_optimizer(lab, len(pattern))
+    canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
 
     def observe(result):
         params = result.attribution.params
@@ -135,7 +134,7 @@ def run(arguments, argv, choose, *, prompts, more=lambda args, image: {}):
 
     _, before = check(lab.reference)
     history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
-                        steps=T, prompts=prompts, temperature=args.temperature, **SETTINGS)
+                        steps=T, temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
     image = enlarge(picture)
     extra = more(args, image)

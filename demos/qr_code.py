@@ -54,7 +54,7 @@ def main(argv=None):
                  for code in zxingcpp.read_barcodes(image, is_pure=pure) if code.valid]
         return {"payload": found[0] if found else None}
 
-    patterns.run(parser, argv, choose, prompts=128, more=read)
+    patterns.run(parser, argv, choose, more=read)
 
 
 if __name__ == "__main__":

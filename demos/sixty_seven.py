@@ -27,7 +27,7 @@ def main(argv=None):
         given = args.pattern is not None
         return args.pattern if given else patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN")
 
-    patterns.run(patterns.parser(__doc__, steps=120), argv, choose, prompts=64)
+    patterns.run(patterns.parser(__doc__, steps=100), argv, choose)
 
 
 if __name__ == "__main__":
