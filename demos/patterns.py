@@ -23,7 +23,7 @@ import dpg
 from demos import common
 
 S = 20.0  # the paper's sharpness of the softplus
-EPS_ROOT, SGD_LR = 5e-4, 20.0
+EPS_ROOT, SGD_LR = 1e-3, 20.0
 # The small generator is far more certain of its next word than a real model (0.9 nats): sampled at
 # temperature 1, it rarely tries the tokens that would have earned something.
 TEMPERATURE = 2.0
@@ -112,8 +112,8 @@ def too_large(lab, pattern):
         return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"
 
 
-def run(arguments, argv, choose, *, more=lambda args, image: {}):
-    """Train a generator to draw `choose(args)`; more(args, image) adds to the result."""
+def run(arguments, argv, choose, *, more=lambda args, picture: {}):
+    """Train a generator to draw `choose(args)`; more(args, picture) adds to the result."""
     lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
     canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
@@ -136,9 +136,8 @@ def run(arguments, argv, choose, *, more=lambda args, image: {}):
     history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
                         steps=T, temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
-    image = enlarge(picture)
-    extra = more(args, image)
-    matplotlib.image.imsave(lab.folder / "pattern.png", image, cmap="gray", vmin=0, vmax=255)
+    extra = more(args, picture)
+    matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0, vmax=255)
     with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
         for step, row in enumerate(zip(*after.values()), 1):
             row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}

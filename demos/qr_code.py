@@ -42,15 +42,16 @@ def qr_text(text):
 
 
 def main(argv=None):
-    parser = patterns.parser(__doc__, steps=600)
+    parser = patterns.parser(__doc__, steps=850)
     parser.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
 
     def choose(args):
         return qr_code(args.text) if args.pattern is None else args.pattern
 
-    def read(args, image):
-        """What a reader finds in the picture out of the weights."""
-        found = [code.text for pure in (True, False)
+    def read(args, picture):
+        """What a reader finds in the picture out of the weights, small or large."""
+        images = [patterns.enlarge(picture, pixel) for pixel in (2, 10)]
+        found = [code.text for image in images for pure in (True, False)
                  for code in zxingcpp.read_barcodes(image, is_pure=pure) if code.valid]
         return {"payload": found[0] if found else None}
 
