@@ -42,6 +42,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -981,17 +982,25 @@ def demo(name):
 
 
 @pytest.fixture(scope="module")
-def uuid_demo():
-    return demo("uuid")
+def demos():
+    return {name: demo(name) for name in ("uuid", "sixty_seven", "qr_code", "l2_norm")}
 
 
-def shortened(uuid_demo, monkeypatch, out, *arguments):
-    for name in ("PROMPTS", "HELD_OUT"):
-        monkeypatch.setattr(uuid_demo.common, name, 8)
-    monkeypatch.setattr(sys, "argv", ["uuid.py"])
-    uuid_demo.main(["--steps", "2", "--out", str(out), *arguments])
-    return (json.loads((out / "result.json").read_text()),
-            [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+@pytest.fixture
+def shortened(demos, monkeypatch, tmp_path):
+    """Runs a demo for two steps on few prompts: its result, and its metrics.jsonl."""
+    common, patterns = demos["uuid"].common, demos["qr_code"].patterns
+    for name, value in (("PROMPTS", 8), ("HELD_OUT", 8), ("CHECK_STEPS", 3), ("CHECK_BATCH", 8)):
+        monkeypatch.setattr(common, name, value)
+    monkeypatch.setattr(patterns, "SETTINGS", patterns.SETTINGS | {"prompts": 8})
+
+    def run(name, *arguments, out=tmp_path / "out"):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        demos[name].main(["--steps", "2", "--out", str(out), *arguments])
+        return (json.loads((out / "result.json").read_text()),
+                [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+
+    return run
 
 
 def test_11_uuid_as_a_person_runs_it(person):
@@ -1008,37 +1017,107 @@ def test_11_uuid_as_a_person_runs_it(person):
     assert (out / "generator/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("arguments", [
-    (), ("--inner", "sgd"), ("--reward", "naive"), ("--reward", "shuffled"),
-    ("--target", str(ROOT / "demos/tiny-lm"))])
-def test_11_uuid_variants(uuid_demo, monkeypatch, tmp_path, arguments):
-    result, metrics = shortened(uuid_demo, monkeypatch, tmp_path, *arguments)
+@pytest.mark.parametrize("name, arguments", [
+    ("uuid", ()), ("uuid", ("--inner", "sgd")), ("uuid", ("--reward", "naive")),
+    ("uuid", ("--reward", "shuffled")), ("uuid", ("--target", str(ROOT / "demos/tiny-lm"))),
+    ("sixty_seven", ()), ("sixty_seven", ("--inner-steps", "3")),
+    ("sixty_seven", ("--inner", "sgd", "--temperature", "1")),
+    ("sixty_seven", ("--reward", "naive", "--inner-steps", "2")), ("qr_code", ("--text", "DPG")),
+    ("l2_norm", ()), ("l2_norm", ("--inner-steps", "2")), ("l2_norm", ("--reward", "naive"))])
+def test_11_demo_variants(shortened, tmp_path, name, arguments):
+    result, metrics = shortened(name, *arguments)
     assert [row["step"] for row in metrics] == [0, 1]
     assert all(math.isfinite(row["phi"]) for row in metrics)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"figure.png", "generator", "metrics.jsonl", "result.json"} <= written
+    assert ("pattern.png" in written) == (name in ("sixty_seven", "qr_code"))
     if not arguments:
-        again = shortened(uuid_demo, monkeypatch, tmp_path / "again")
+        again = shortened(name, out=tmp_path / "again")
         assert again[1] == metrics and again[0] | {"seconds": 0} == result | {"seconds": 0}
+    if name == "l2_norm":
+        assert result["norm_before"] != result["norm_control"] != result["norm_after"]
 
 
-def test_11_uuid_prompts_from_a_file(uuid_demo, monkeypatch, tmp_path):
+def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
     (tmp_path / "prompts").write_text("\n".join(f"the cat has {i} boats" for i in range(12)))
     zeros = "00000000-0000-0000-0000-000000000000"
-    result, _ = shortened(uuid_demo, monkeypatch, tmp_path / "out", "--prompts",
-                          str(tmp_path / "prompts"), "--uuid", zeros)
+    result, _ = shortened("uuid", "--prompts", str(tmp_path / "prompts"), "--uuid", zeros)
     assert result["uuid"] == zeros
 
 
-@pytest.mark.parametrize("arguments", [
-    ("--uuid", "7C9E64D1-05BA-4F82-B36D-E8A1F20795C3"), ("--steps", "-1"), ("--device", "cuda:99"),
-    ("--generator", "no-such-folder"), ("--target", "./no/such/folder"),
-    ("--prompts", "no-such-file"), ("--reward", "none"), ("--inner", "lion")])
-def test_11_uuid_refusals(uuid_demo, monkeypatch, tmp_path, capsys, arguments):
-    monkeypatch.setattr(sys, "argv", ["uuid.py"])
+@pytest.mark.parametrize("name, arguments", [
+    ("uuid", ("--uuid", "7C9E64D1-05BA-4F82-B36D-E8A1F20795C3")), ("uuid", ("--steps", "-1")),
+    ("uuid", ("--device", "cuda:99")), ("uuid", ("--generator", "no-such-folder")),
+    ("uuid", ("--target", "./no/such/folder")), ("uuid", ("--prompts", "no-such-file")),
+    ("uuid", ("--reward", "none")), ("uuid", ("--inner", "lion")),
+    ("l2_norm", ("--inner-steps", "0")), ("sixty_seven", ("--temperature", "nan")),
+    ("sixty_seven", ("--pattern", "no-such-file")),
+    ("qr_code", ("--text", "more than fits into version 1")), ("qr_code", ("--text", ""))])
+def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
     with pytest.raises(SystemExit) as stop:
-        uuid_demo.main([*arguments, "--out", str(tmp_path / "out")])
+        shortened(name, *arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and arguments[1] in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern, why", [
+    ("##\n#", "row 2 has 1"), ("#x", "has 'x'"), (" \n", "empty"), (".#" * 33, "1 x 66"),
+    ("#\n" * 400, "400 x 1")])
+def test_11_patterns_refused(shortened, tmp_path, capsys, pattern, why):
+    (tmp_path / "pattern").write_text(pattern)
+    with pytest.raises(SystemExit) as stop:
+        shortened("sixty_seven", "--pattern", str(tmp_path / "pattern"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and why in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
+    config = GPT2LMHeadModel.from_pretrained(ROOT / "demos/tiny-lm").config
+    config.tie_word_embeddings = True
+    tied = GPT2LMHeadModel(config)
+    tied.save_pretrained(tmp_path / "tied")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "demos/tiny-lm" / file, tmp_path / "tied")
+    (tmp_path / "pattern").write_text("#..\n.##\n")
+    result, _ = shortened("sixty_seven", "--pattern", str(tmp_path / "pattern"), "--target",
+                          str(tmp_path / "tied"))
+    assert result["pattern"] == [2, 3] and all(row.startswith(" ") for row in result["rows"])
+    assert "it is a copy now" in capsys.readouterr().err
+
+
+def test_11_pattern_in_the_head(demos, monkeypatch, tmp_path):
+    """Phi is the paper's formula; what a pattern's own change decodes to is the pattern."""
+    patterns, qr = demos["qr_code"].patterns, demos["qr_code"]
+    monkeypatch.setattr(sys, "argv", ["qr_code.py"])
+    lab = patterns.common.Lab(patterns.parser("", steps=0), ["--out", str(tmp_path)])
+    pattern = qr.qr_code("DPG")
+    canvas = patterns.Canvas(lab, pattern)
+    params = {k: p.detach().clone() for k, p in lab.target.named_parameters()}
+    torch.testing.assert_close(canvas.metric(params).item(), -math.log(2), atol=1e-5, rtol=0)
+    change = torch.zeros_like(params["lm_head.weight"])
+    change[torch.tensor(canvas.rows)[:, None], torch.arange(21)] = 0.01 * pattern
+    params["lm_head.weight"] += change
+    torch.testing.assert_close(canvas.metric(params).item(), -math.log1p(math.exp(-0.2)),
+                               atol=1e-5, rtol=0)
+    assert canvas.accuracy(canvas.decode(params)) == 1
+    params["lm_head.weight"] -= 2 * change
+    assert canvas.accuracy(canvas.decode(params)) == 0
+    assert len(set(canvas.rows)) == 21 and 0 not in canvas.rows
+
+
+@pytest.mark.parametrize("text", ["2604.08423", "HELLO WORLD", "dpg.py", "a-17-byte-string!"])
+def test_11_what_a_reader_reads(demos, text):
+    """A QR code that is drawn is read; one that is noise is not; the screen shows every pixel."""
+    qr, patterns = demos["qr_code"], demos["qr_code"].patterns
+    code = qr.qr_code(text)
+    assert code.shape == (21, 21) and qr.read(code) == text
+    assert qr.read(torch.randn(21, 21, generator=torch.Generator().manual_seed(0)).sign()) is None
+    lines = patterns.blocks(code, colour=False, margin=0).split("\n")
+    drawn = [[1.0 if char in "█" + half else -1.0 for char in line]
+             for line in lines for half in "▀▄"]
+    assert torch.equal(torch.tensor(drawn)[:21], code)
 
 
 def test_11_pretrain(tmp_path, monkeypatch):

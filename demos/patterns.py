@@ -112,8 +112,8 @@ def too_large(lab, pattern):
         return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"
 
 
-def run(arguments, argv, choose, *, more=lambda args, picture: {}):
-    """Train a generator to draw `choose(args)`; more(args, picture) adds to the result."""
+def run(arguments, argv, choose, *, more=lambda picture: {}):
+    """Train a generator to draw `choose(args)`; more(picture) adds to the result."""
     lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
     canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
@@ -136,7 +136,7 @@ def run(arguments, argv, choose, *, more=lambda args, picture: {}):
     history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
                         steps=T, temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
-    extra = more(args, picture)
+    extra = more(picture)
     matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0, vmax=255)
     with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
         for step, row in enumerate(zip(*after.values()), 1):

@@ -34,6 +34,14 @@ def qr_code(text):
                                      "digits, 25 capitals or 17 bytes")
 
 
+def read(picture):
+    """What a reader finds in the picture, small or large, or None."""
+    images = [patterns.enlarge(picture, pixel) for pixel in (2, 10)]
+    found = [code.text for image in images for pure in (True, False)
+             for code in zxingcpp.read_barcodes(image, is_pure=pure) if code.valid]
+    return found[0] if found else None
+
+
 def qr_text(text):
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
@@ -48,14 +56,7 @@ def main(argv=None):
     def choose(args):
         return qr_code(args.text) if args.pattern is None else args.pattern
 
-    def read(args, picture):
-        """What a reader finds in the picture out of the weights, small or large."""
-        images = [patterns.enlarge(picture, pixel) for pixel in (2, 10)]
-        found = [code.text for image in images for pure in (True, False)
-                 for code in zxingcpp.read_barcodes(image, is_pure=pure) if code.valid]
-        return {"payload": found[0] if found else None}
-
-    patterns.run(parser, argv, choose, more=read)
+    patterns.run(parser, argv, choose, more=lambda picture: {"payload": read(picture)})
 
 
 if __name__ == "__main__":
