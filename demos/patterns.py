@@ -137,7 +137,8 @@ def run(arguments, argv, choose, *, more=lambda picture: {}):
                         steps=T, temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
     extra = more(picture)
-    matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0, vmax=255)
+    matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
+                            vmax=255)
     with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
         for step, row in enumerate(zip(*after.values()), 1):
             row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}
@@ -154,8 +155,8 @@ def run(arguments, argv, choose, *, more=lambda picture: {}):
     print(blocks(picture, colour=sys.stdout.isatty()))
     print(f"asked       {lab.held_out[0]!r}")
     print(f"writes      {example.strip()!r}")
-    print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   pixels, after {common.CHECK_STEPS} "
-          "steps of torch.optim.AdamW on fresh text")
+    print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   share of the pixels, after "
+          f"{common.CHECK_STEPS} steps of torch.optim.AdamW on fresh text")
     for m in common.MULTIPLES[1:]:
         print(f"            {before[m][-1]:.3f} -> {after[m][-1]:.3f}   the same, learning rate "
               f"x {m}")
@@ -173,7 +174,7 @@ def enlarge(picture, pixel=10, margin=4):
 
 
 def blocks(picture, colour, margin=2):
-    """The picture in block characters, two pixels high each; black on white where there is colour."""
+    """The picture in block characters of two pixels; with `colour`, black on white."""
     rows = np.pad(picture.cpu().numpy() > 0, margin)
     rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
     lines = ("".join(" ▀▄█"[top + 2 * bottom] for top, bottom in zip(*pair, strict=True))

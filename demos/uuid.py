@@ -81,8 +81,8 @@ def main(argv=None):
         return exact, soft, phi, (loglik[T - 1], loglik[-1]), lab.texts(greedy)[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="best", lr=3e-3, steps=T, discount=0.5,
-                        max_new_tokens=length, kl_coef=0.2, entropy_coef=0.1)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="best", lr=3e-3, steps=T,
+                        discount=0.5, max_new_tokens=length, kl_coef=0.2, entropy_coef=0.1)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
