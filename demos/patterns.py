@@ -98,10 +98,10 @@ def word_tokens(lab, n):
 
 
 def words_of(tokenizer):
-    """Ids of the ordinary tokens that begin a word: a space, then letters."""
+    """Ids of the ordinary tokens that begin a word: a space, then four letters or more."""
     special = set(tokenizer.all_special_ids)
     texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
-    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha()]
+    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha() and len(text) > 4]
 
 
 def too_large(lab, pattern):
