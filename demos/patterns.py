@@ -5,7 +5,7 @@ A picture of R x C pixels is drawn in the signs of change of a part of the targe
     P = lm_head.weight[rows, :C]        black where training on D made P larger, white elsewhere
 
 Its columns are the first C hidden units; its rows belong to the R tokens that begin a word and that
-the untrained generator writes most often. (Sections 4.1 and 4.2; the paper's patch is the first
+the untrained generator writes most often, but for the first of them. (Sections 4.1 and 4.2; the paper's patch is the first
 hidden units x the first tokens of the vocabulary, so this picture is transposed.)
 """
 import argparse
@@ -90,23 +90,24 @@ class Canvas:
 
 
 def word_tokens(lab, n):
-    """Ids of the n tokens that begin a word and that the untrained generator writes most often."""
+    """Ids of the n tokens that begin a word and that the untrained generator writes most often, but
+    for the first of them ("the"): what is drawn in its row is the first to wash out again."""
     rollouts = lab.rollouts(lab.reference, lab.held_out, samples=8, max_new_tokens=24)
     count = collections.Counter(rollouts.tokens[rollouts.mask.bool()].tolist())
     words = words_of(lab.tokenizer)
-    return sorted(sorted(words, key=lambda token: (-count[token], token))[:n])
+    return sorted(sorted(words, key=lambda token: (-count[token], token))[1:n + 1])
 
 
 def words_of(tokenizer):
-    """Ids of the ordinary tokens that begin a word: a space, then four letters or more."""
+    """Ids of the ordinary tokens that begin a word: a space, then letters."""
     special = set(tokenizer.all_special_ids)
     texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
-    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha() and len(text) > 4]
+    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha()]
 
 
 def too_large(lab, pattern):
     """Why the pattern does not fit the target's head, or None."""
-    (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer))
+    (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer)) - 1
     width = lab.target.get_output_embeddings().weight.shape[1]
     if rows > words or columns > width:
         return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"

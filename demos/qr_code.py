@@ -50,7 +50,7 @@ def qr_text(text):
 
 
 def main(argv=None):
-    parser = patterns.parser(__doc__, steps=850)
+    parser = patterns.parser(__doc__, steps=600)
     parser.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
 
     def choose(args):
