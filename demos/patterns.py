@@ -5,8 +5,8 @@ A picture of R x C pixels is drawn in the signs of change of a part of the targe
     P = lm_head.weight[rows, :C]        black where training on D made P larger, white elsewhere
 
 Its columns are the first C hidden units; its rows belong to the R tokens that begin a word and that
-the untrained generator writes most often, but for the first of them. (Sections 4.1 and 4.2; the paper's patch is the first
-hidden units x the first tokens of the vocabulary, so this picture is transposed.)
+the untrained generator writes most often, but for the first of them. (Sections 4.1 and 4.2; the
+paper's patch is the first hidden units x the first tokens of the vocabulary: this is transposed.)
 """
 import argparse
 import collections
