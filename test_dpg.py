@@ -983,7 +983,8 @@ def demo(name):
 
 @pytest.fixture(scope="module")
 def demos():
-    return {name: demo(name) for name in ("uuid", "sixty_seven", "qr_code", "l2_norm")}
+    return {name: demo(name)
+            for name in ("uuid", "sixty_seven", "qr_code", "l2_norm", "inner_steps")}
 
 
 @pytest.fixture
@@ -995,7 +996,6 @@ def shortened(demos, monkeypatch, tmp_path):
     monkeypatch.setattr(patterns, "SETTINGS", patterns.SETTINGS | {"prompts": 8})
 
     def run(name, *arguments, out=tmp_path / "out"):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         demos[name].main(["--steps", "2", "--out", str(out), *arguments])
         return (json.loads((out / "result.json").read_text()),
                 [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
@@ -1036,6 +1036,27 @@ def test_11_demo_variants(shortened, tmp_path, name, arguments):
         assert again[1] == metrics and again[0] | {"seconds": 0} == result | {"seconds": 0}
     if name == "l2_norm":
         assert result["norm_before"] != result["norm_control"] != result["norm_after"]
+    if name in ("sixty_seven", "qr_code"):
+        assert all(0 <= result[f"pixel_accuracy_{when}{multiple}"] <= 1
+                   for when in ("before", "after") for multiple in ("", "_10x", "_100x"))
+        curves = (tmp_path / "out/validation.jsonl").read_text().splitlines()
+        assert len(curves) == 3  # CHECK_STEPS, shortened
+        assert json.loads(curves[-1])["pixel_accuracy_1x"] == result["pixel_accuracy_after"]
+    if name == "qr_code":
+        assert result["text"] == "DPG" and result["payload"] is None  # two steps are not enough
+
+
+def test_11_ablation(shortened, demos, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demos["inner_steps"], "INNER_STEPS", (1, 2))
+    demos["inner_steps"].main(["--steps", "1", "--seeds", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    for T in (1, 2):
+        results = [json.loads((tmp_path / f"T{T}-seed{seed}/result.json").read_text())
+                   for seed in (0, 1)]
+        assert [r["inner_steps"] for r in results] == [T, T] and results[0]["demo"] == "sixty_seven"
+        mean = sum(r["pixel_accuracy_after_100x"] for r in results) / 2
+        assert f"learning rate x 100   T =  {T}   {mean:.3f} +- " in said
 
 
 def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
@@ -1051,7 +1072,7 @@ def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
     ("uuid", ("--target", "./no/such/folder")), ("uuid", ("--prompts", "no-such-file")),
     ("uuid", ("--reward", "none")), ("uuid", ("--inner", "lion")),
     ("l2_norm", ("--inner-steps", "0")), ("sixty_seven", ("--temperature", "nan")),
-    ("sixty_seven", ("--pattern", "no-such-file")),
+    ("sixty_seven", ("--pattern", "no-such-file")), ("uuid", ("--seed", "99999999999999")),
     ("qr_code", ("--text", "more than fits into version 1")), ("qr_code", ("--text", ""))])
 def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
     with pytest.raises(SystemExit) as stop:
@@ -1062,8 +1083,8 @@ def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
 
 
 @pytest.mark.parametrize("pattern, why", [
-    ("##\n#", "row 2 has 1"), ("#x", "has 'x'"), (" \n", "empty"), (".#" * 33, "1 x 66"),
-    ("#\n" * 400, "400 x 1")])
+    ("##\n#", "row 2 has 1"), ("#x", "has 'x'"), ("# #", "has ' '"), (" \n", "empty"),
+    (".#" * 33, "1 x 66"), ("#\n" * 400, "400 x 1")])
 def test_11_patterns_refused(shortened, tmp_path, capsys, pattern, why):
     (tmp_path / "pattern").write_text(pattern)
     with pytest.raises(SystemExit) as stop:
@@ -1081,6 +1102,9 @@ def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "demos/tiny-lm" / file, tmp_path / "tied")
     (tmp_path / "pattern").write_text("#..\n.##\n")
+    with pytest.raises(SystemExit):
+        shortened("qr_code", "--pattern", str(tmp_path / "pattern"), "--text", "DPG")
+    assert "not allowed with" in capsys.readouterr().err
     result, _ = shortened("sixty_seven", "--pattern", str(tmp_path / "pattern"), "--target",
                           str(tmp_path / "tied"))
     assert result["pattern"] == [2, 3] and all(row.startswith(" ") for row in result["rows"])
@@ -1090,8 +1114,7 @@ def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
 def test_11_pattern_in_the_head(demos, monkeypatch, tmp_path):
     """Phi is the paper's formula; what a pattern's own change decodes to is the pattern."""
     patterns, qr = demos["qr_code"].patterns, demos["qr_code"]
-    monkeypatch.setattr(sys, "argv", ["qr_code.py"])
-    lab = patterns.common.Lab(patterns.parser("", steps=0), ["--out", str(tmp_path)])
+    lab = patterns.common.Lab(patterns.parser("demo.py", "", steps=0)[0], ["--out", str(tmp_path)])
     pattern = qr.qr_code("DPG")
     canvas = patterns.Canvas(lab, pattern)
     params = {k: p.detach().clone() for k, p in lab.target.named_parameters()}

@@ -27,9 +27,11 @@ from demos import corpus
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
 
-# Metrics of the weights are checked after 96 steps of plain AdamW on fresh text (section 4.2), that
-# move the head by as much of its scale as the paper's do, and by 10 and 100 times as much.
+# For metrics of the target's weights (sections 4.1 to 4.3). Their check is 96 steps of plain AdamW
+# on fresh text, at the rate that moves the head by as much of its scale as the paper's steps do,
+# and at 10 and 100 times this rate.
 CHECK_STEPS, CHECK_BATCH, MULTIPLES = 96, 64, (1, 10, 100)
+WEIGHTS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_tokens=24)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -39,10 +41,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
 
-def parser(doc, *, steps, target):
-    """The options of every demo; `doc` is the demo's docstring."""
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+def parser(file, doc, *, steps, target):
+    """The options of every demo; `file` and `doc` are the demo's __file__ and __doc__."""
+    p = Parser(prog=pathlib.Path(file).name, description=doc,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=seed, default=0, help="of everything random (default 0)")
     p.add_argument("--steps", type=count, default=steps, help=f"generator steps (default {steps})")
     p.add_argument("--device", type=device, default=None, help="cpu, cuda, cuda:1 ... "
                    "(default: cuda where there is one)")
@@ -58,11 +61,11 @@ def parser(doc, *, steps, target):
     return p
 
 
-def weights_parser(doc, *, steps, temperature):
+def weights_parser(file, doc, *, steps, temperature):
     """The options of the demos whose metric reads the target's weights."""
-    p = parser(doc, steps=steps, target=str(TINY_LM))
+    p = parser(file, doc, steps=steps, target=str(TINY_LM))
     p.add_argument("--inner-steps", type=positive, default=1, metavar="T",
-                   help="Adam steps that the metagradient goes through (default 1)")
+                   help="training steps that the metagradient goes through (default 1)")
     p.add_argument("--temperature", type=above_zero, default=temperature,
                    help=f"of the generator's sampling (default {temperature:g})")
     return p
@@ -71,6 +74,12 @@ def weights_parser(doc, *, steps, temperature):
 def count(text):
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def seed(text):
+    if not text.isdecimal() or int(text) > 10**12:  # a million steps a seed still fit 64 bits
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 to 10^12, got {text!r}")
     return int(text)
 
 
@@ -85,14 +94,14 @@ def above_zero(text):
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    if not 0.01 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, 0.01 or more, got {text!r}")
     return value
 
 
 def text_file(path):
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
@@ -124,6 +133,8 @@ class Lab:
         # Arguments are checked to the last one before anything is written.
         self.began = time.perf_counter()
         args = self.args = arguments.parse_args(argv)
+        if hasattr(sys.stdout, "reconfigure"):  # not every terminal knows every character
+            sys.stdout.reconfigure(errors="replace")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
@@ -213,7 +224,7 @@ class Lab:
                   file=sys.stderr)
         return next(name for name, p in self.target.named_parameters() if p is head.weight)
 
-    def gentle_lr(self, steps):
+    def paper_lr(self, steps):
         """The rate at which `steps` Adam steps move the target's head by 0.34 % of its scale: as
         the paper's 96 steps of 5e-6 move GPT-2's, whose weights have standard deviation 0.14."""
         return 96 * 5e-6 / 0.14 * self.target.get_output_embeddings().weight.std().item() / steps
@@ -313,8 +324,13 @@ class Lab:
         data = self.fresh_data(policy, batch=CHECK_BATCH, steps=CHECK_STEPS,
                                max_new_tokens=max_new_tokens, temperature=self.args.temperature)
         return {multiple: [measure(params) for params in
-                           self.sft(data, lr=multiple * self.gentle_lr(CHECK_STEPS))]
+                           self.sft(data, lr=multiple * self.paper_lr(CHECK_STEPS))]
                 for multiple in MULTIPLES}
+
+    @staticmethod
+    def ends(name, curves):
+        """The last value of each curve of `check`, named for result.json."""
+        return {name + (f"_{m}x" if m > 1 else ""): curve[-1] for m, curve in curves.items()}
 
     def fresh_texts(self, n, step):
         """Held-out sentences for the check, the same for every generator."""
@@ -328,7 +344,7 @@ class Lab:
         args = self.args
         result = {"demo": self.demo, "seed": args.seed, "steps": args.steps,
                   "seconds": round(time.perf_counter() - self.began, 1), "reward": args.reward,
-                  "inner": args.inner, **result}
+                  "inner": args.inner, "generator": args.generator, "target": args.target, **result}
         self.policy.save_pretrained(self.folder / "generator")
         self.tokenizer.save_pretrained(self.folder / "generator")
         (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """Can text that was only asked to be rephrasings shrink a model's weights? (section 4.3)
 
 A generator that rephrases sentences is trained by DPG with Phi = -norm of the target's LM head.
-Fine-tuning has no reason to shrink it: on ordinary rephrasings it grows.
 """
 import pathlib
 import sys
@@ -14,13 +13,13 @@ import matplotlib
 import dpg
 from demos import common
 
-EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, 24
+EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, common.WEIGHTS["max_new_tokens"]
 
 
 def main(argv=None):
-    lab = common.Lab(common.weights_parser(__doc__, steps=60, temperature=1.0), argv)
+    lab = common.Lab(common.weights_parser(__file__, __doc__, steps=60, temperature=1.0), argv)
     head, T = lab.head(), lab.args.inner_steps
-    inner = (dpg.AdamW(100 * lab.gentle_lr(T), eps_root=EPS_ROOT) if lab.args.inner == "adam"
+    inner = (dpg.AdamW(100 * lab.paper_lr(T), eps_root=EPS_ROOT) if lab.args.inner == "adam"
              else dpg.SGD(SGD_LR / T))
 
     def metric(params):
@@ -33,15 +32,13 @@ def main(argv=None):
         return {"norm": round(-result.attribution.metric, 3)}
 
     control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="norm", steps=T, lr=8e-3,
-                        discount=0.5, max_new_tokens=LENGTH, kl_coef=0.03, entropy_coef=0.05,
-                        temperature=lab.args.temperature)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="norm", steps=T,
+                        temperature=lab.args.temperature, **common.WEIGHTS)
     after = lab.check(lab.policy, norm, max_new_tokens=LENGTH)
     result = lab.finish(
-        inner_steps=T, norm_before=norm(dict(lab.target.named_parameters())),
-        norm_after=after[1][-1], norm_control=control[1][-1],
-        **{f"norm_{when}_{m}x": curves[m][-1] for m in common.MULTIPLES[1:]
-           for when, curves in (("after", after), ("control", control))})
+        temperature=lab.args.temperature, inner_steps=T,
+        norm_before=norm(dict(lab.target.named_parameters())),
+        **lab.ends("norm_control", control), **lab.ends("norm_after", after))
     draw(history, control, after, result, lab.folder / "figure.png")
     example = lab.rollouts(lab.policy, lab.held_out[:1], max_new_tokens=LENGTH,
                            temperature=lab.args.temperature)
@@ -63,8 +60,9 @@ def draw(history, control, after, result, path):
     axes[0].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
                 ylabel="norm of the LM head")
     for axis, multiple in zip(axes[1:], after):
-        axis.plot(control[multiple], color="grey", label="untrained generator's text")
-        axis.plot(after[multiple], label="trained generator's text")
+        steps = range(1, common.CHECK_STEPS + 1)
+        axis.plot(steps, control[multiple], color="grey", label="untrained generator's text")
+        axis.plot(steps, after[multiple], label="trained generator's text")
         axis.axhline(result["norm_before"], color="black", lw=0.8, ls=":")
         axis.set(title=f"validation, learning rate x {multiple}", xlabel="step of plain AdamW")
     axes[1].legend(loc="lower left")

@@ -24,16 +24,15 @@ from demos import common
 
 S = 20.0  # the paper's sharpness of the softplus
 EPS_ROOT, SGD_LR = 1e-3, 20.0
-# The small generator is far more certain of its next word than a real model (0.9 nats): sampled at
-# temperature 1, it rarely tries the tokens that would have earned something.
+# The small generator is certain of its next word (0.9 nats): sampled at temperature 1, it rarely
+# tries the tokens that would have earned something.
 TEMPERATURE = 2.0
-SETTINGS = dict(prompts=128, lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05,
-                max_new_tokens=24)
+SETTINGS = dict(prompts=128, **common.WEIGHTS)
 
 
 def parse(text, name):
     """Rows of # and . to a tensor of 1 and -1."""
-    rows = text.split()
+    rows = [line.strip() for line in text.splitlines() if line.strip()]
 
     def refuse(why):
         raise argparse.ArgumentTypeError(f"{name} must be rows of # and . of one length: {why}")
@@ -47,23 +46,25 @@ def parse(text, name):
     return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in row] for row in rows])
 
 
-def parser(doc, *, steps):
-    p = common.weights_parser(doc, steps=steps, temperature=TEMPERATURE)
-    p.add_argument("--pattern", type=lambda path: parse(common.text_file(path), repr(path)),
-                   metavar="FILE", help="draw this instead: rows of # (larger) and . (smaller)")
-    return p
+def parser(file, doc, *, steps):
+    """The parser, and the group of its options that choose a picture: one of them at most."""
+    p = common.weights_parser(file, doc, steps=steps, temperature=TEMPERATURE)
+    choice = p.add_mutually_exclusive_group()
+    choice.add_argument("--pattern", type=lambda path: parse(common.text_file(path), repr(path)),
+                        metavar="FILE", help="draw this: rows of # (larger) and . (smaller)")
+    return p, choice
 
 
 def inner_optimizer(lab):
     """Adam or SGD for the inner run.
 
-    A single step's rate has no say in what the step teaches: it sets how much more a wrong pixel
-    counts in Phi than a right one, and 10 / s is enough. Several steps move the head by 100 times
-    the paper's movement, the farthest that a picture is checked at."""
+    With one step the rate only scales the change; in Phi it sets how much more a wrong pixel counts
+    than a right one, and 10 / s is enough. Several steps move the head by 100 times the paper's
+    movement, the farthest that a picture is checked at."""
     T = lab.args.inner_steps
     if lab.args.inner == "sgd":
         return dpg.SGD(SGD_LR / T)
-    lr = 10 / S if T == 1 else 100 * lab.gentle_lr(T)
+    lr = 10 / S if T == 1 else 100 * lab.paper_lr(T)
     return dpg.AdamW(lr, eps_root=EPS_ROOT)
 
 
@@ -92,7 +93,8 @@ class Canvas:
 def word_tokens(lab, n):
     """Ids of the n tokens that begin a word and that the untrained generator writes most often, but
     for the first of them ("the"): what is drawn in its row is the first to wash out again."""
-    rollouts = lab.rollouts(lab.reference, lab.held_out, samples=8, max_new_tokens=24)
+    rollouts = lab.rollouts(lab.reference, lab.held_out, samples=8,
+                            max_new_tokens=SETTINGS["max_new_tokens"])
     count = collections.Counter(rollouts.tokens[rollouts.mask.bool()].tolist())
     words = words_of(lab.tokenizer)
     return sorted(sorted(words, key=lambda token: (-count[token], token))[1:n + 1])
@@ -101,8 +103,9 @@ def word_tokens(lab, n):
 def words_of(tokenizer):
     """Ids of the ordinary tokens that begin a word: a space, then letters."""
     special = set(tokenizer.all_special_ids)
-    texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
-    return [i for i, text in texts if text[:1] == " " and text[1:].isalpha()]
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))  # a space is " ", "Ġ" or "▁"
+    return [i for i, piece in enumerate(pieces) if i not in special and piece[:1] in " Ġ▁"
+            and tokenizer.decode([i]).strip().isalpha()]
 
 
 def too_large(lab, pattern):
@@ -110,11 +113,15 @@ def too_large(lab, pattern):
     (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer)) - 1
     width = lab.target.get_output_embeddings().weight.shape[1]
     if rows > words or columns > width:
-        return f"the pattern is {rows} x {columns}, the target's head has {words} x {width} pixels"
+        return (f"the pattern is {rows} x {columns}; there is room for {max(words, 0)} rows, the "
+                f"words of the tokenizer, and {width} columns, the hidden units")
 
 
-def run(arguments, argv, choose, *, more=lambda picture: {}):
-    """Train a generator to draw `choose(args)`; more(picture) adds to the result."""
+def run(arguments, argv, default, *, more=lambda args, picture: {}):
+    """Train a generator to draw --pattern or else `default(args)`; `more` adds to the result."""
+    def choose(args):
+        return default(args) if args.pattern is None else args.pattern
+
     lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
     canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
@@ -137,7 +144,7 @@ def run(arguments, argv, choose, *, more=lambda picture: {}):
     history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
                         steps=T, temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
-    extra = more(picture)
+    extra = more(args, picture)
     matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
                             vmax=255)
     with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
@@ -145,11 +152,10 @@ def run(arguments, argv, choose, *, more=lambda picture: {}):
             row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}
             file.write(json.dumps({"step": step, **row}) + "\n")
     result = lab.finish(
-        inner_steps=T, pattern=list(canvas.pattern.shape),
+        temperature=args.temperature, inner_steps=T, pattern=list(canvas.pattern.shape),
         rows=[lab.tokenizer.decode([row]) for row in canvas.rows],
-        pixel_accuracy_before=before[1][-1], pixel_accuracy_after=after[1][-1],
-        **{f"pixel_accuracy_{when}_{m}x": curves[m][-1] for m in common.MULTIPLES[1:]
-           for when, curves in (("before", before), ("after", after))}, **extra)
+        **lab.ends("pixel_accuracy_before", before), **lab.ends("pixel_accuracy_after", after),
+        **extra)
     draw(history, after, canvas.pattern, picture, result, lab.folder / "figure.png")
     example = lab.texts(lab.rollouts(lab.policy, lab.held_out[:1], temperature=args.temperature,
                                      max_new_tokens=length))[0]
@@ -215,7 +221,7 @@ def draw(history, after, pattern, picture, result, path):
     axes[3].set(title="validation", xlabel="step of plain AdamW")
     axes[3].legend(loc="lower right")
     for axis in axes[2:]:
-        axis.set_ylim(0.4, 1.02)
+        axis.set_ylim(-0.02, 1.02)
         axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

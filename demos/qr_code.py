@@ -50,13 +50,13 @@ def qr_text(text):
 
 
 def main(argv=None):
-    parser = patterns.parser(__doc__, steps=600)
-    parser.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
+    parser, choice = patterns.parser(__file__, __doc__, steps=600)
+    choice.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
 
-    def choose(args):
-        return qr_code(args.text) if args.pattern is None else args.pattern
+    def more(args, picture):
+        return {"text": None if args.pattern is not None else args.text, "payload": read(picture)}
 
-    patterns.run(parser, argv, choose, more=lambda picture: {"payload": read(picture)})
+    patterns.run(parser, argv, lambda args: qr_code(args.text), more=more)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A generator that rephrases sentences is trained by DPG. Phi asks that training on its text makes
 some weights of the target's LM head larger and others smaller, 42 of them, in the pattern of a
-picture. No text describes the picture, and the reward never sees a token.
+picture. No text describes the picture, and no reward looks at one.
 """
 import pathlib
 import sys
@@ -23,11 +23,8 @@ SIXTY_SEVEN = """
 
 
 def main(argv=None):
-    def choose(args):
-        given = args.pattern is not None
-        return args.pattern if given else patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN")
-
-    patterns.run(patterns.parser(__doc__, steps=100), argv, choose)
+    parser, _ = patterns.parser(__file__, __doc__, steps=100)
+    patterns.run(parser, argv, lambda args: patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN"))
 
 
 if __name__ == "__main__":

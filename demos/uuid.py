@@ -52,7 +52,7 @@ def scores(texts, uuid):
 
 
 def main(argv=None):
-    parser = common.parser(__doc__, steps=160, target="fresh")
+    parser = common.parser(__file__, __doc__, steps=160, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
     lab = common.Lab(parser, argv, lambda lab: "--prompts: one holds the UUID" if any(
         lab.args.uuid in sentence for sentence in lab.args.prompts or ()) else None)
