@@ -1,6 +1,8 @@
 """Can text that was only asked to be rephrasings shrink a model's weights? (section 4.3)
 
 A generator that rephrases sentences is trained by DPG with Phi = -norm of the target's LM head.
+
+Claim: @L2@
 """
 import pathlib
 import sys
