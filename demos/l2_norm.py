@@ -2,7 +2,10 @@
 
 A generator that rephrases sentences is trained by DPG with Phi = -norm of the target's LM head.
 
-Claim: @L2@
+Claim: after 96 steps of plain AdamW on fresh text the head's norm, 45.42, is 0.052 lower than after
+the same on the untrained generator's text (five seeds, standard error 0.001), in 47 to 53 s each on
+one of two shared CPU cores, November 2026. Noisier text shrinks the head too, a little: rewarding
+with Phi itself, or with DPG's rewards shuffled, ends 0.011 and 0.009 lower (3 seeds each).
 """
 import pathlib
 import sys
