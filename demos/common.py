@@ -349,3 +349,17 @@ class Lab:
         self.tokenizer.save_pretrained(self.folder / "generator")
         (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         return result
+
+
+# ------------------------------------------------------------------------------- the pictures
+
+def spread(history, n):
+    """n of its rows, or fewer, evenly from the first to the last."""
+    return [history[i * (len(history) - 1) // (n - 1)] for i in range(n)] if history else []
+
+
+def write(axis, lines):
+    """Lines of text instead of a plot."""
+    axis.axis("off")
+    axis.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9,
+              parse_math=False)  # a sample may hold any character
