@@ -14,6 +14,9 @@ import dpg
 from demos import common
 
 EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, common.WEIGHTS["max_new_tokens"]
+# Closer to its start than for a picture: text that is merely noisier shrinks the head too, and with
+# an entropy bonus the shuffled rewards came half as far as DPG.
+SETTINGS = common.WEIGHTS | dict(kl_coef=0.1, entropy_coef=0.0)
 
 
 def main(argv=None):
@@ -33,7 +36,7 @@ def main(argv=None):
 
     control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)
     history = lab.train(lab.reward(metric, inner, T), observe, show="norm", steps=T,
-                        temperature=lab.args.temperature, **common.WEIGHTS)
+                        temperature=lab.args.temperature, **SETTINGS)
     after = lab.check(lab.policy, norm, max_new_tokens=LENGTH)
     result = lab.finish(
         temperature=lab.args.temperature, inner_steps=T,
