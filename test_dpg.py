@@ -1056,13 +1056,24 @@ def test_11_demo_variants(shortened, tmp_path, name, arguments):
 
 def test_11_language_scores(demos):
     language = demos["language"]
-    texts = [" jetzt kauft der König ein Buch im Laden", " die Frau kauft gerade ein Buch im Laden",
-             " now the king buys a book at the shop", " der König Buch"]
+    texts = [" jetzt kauft der König ein Buch im Laden", " now the king buys a book at the shop",
+             " die Frau kauft gerade ein Buch im Laden", " der König Buch"]
     asked = "the monarch purchases a volume at the store right now"
-    assert language.scores(texts, [asked] * 4, "de") == (0.5, 0.25)
-    assert language.scores(texts, ["who is asked?"] * 4, "de") == (0.5, 0)
+    assert language.scores(texts, [asked] * 4, "de") == {"fraction": 0.5, "correct": 0.25}
+    assert language.scores(texts, ["who?"] * 4, "de") == {"fraction": 0.5, "correct": None}
     assert language.bigram_entropy(["a b", "a b", "b a b"]) == pytest.approx(  # ab ab ba ab
         -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-12)
+
+
+def test_11_prompts_that_do_not_fit(shortened, tmp_path, capsys):
+    for name, line, why in (("language", "a" * 120, "the generator has room for"),
+                            ("language", "jetzt kauft der König ein Buch im Laden", "one is in the"),
+                            ("uuid", "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3", "holds the UUID")):
+        (tmp_path / "prompts").write_text("\n".join([*"abcde", line]))
+        with pytest.raises(SystemExit) as stop:
+            shortened(name, "--prompts", str(tmp_path / "prompts"))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and why in error
 
 
 def test_11_ablation(shortened, demos, monkeypatch, tmp_path, capsys):

@@ -11,6 +11,7 @@ import sys
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import collections
+import itertools
 import math
 
 import matplotlib
@@ -19,18 +20,19 @@ import dpg
 from demos import common, corpus
 
 NAMES = dict(de="German", es="Spanish", fr="French", it="Italian")
-T, INNER_LR, EPS_ROOT, SGD_LR, KL = 16, 1e-3, 1e-4, 0.1, 0.15
-LENGTH = 20  # tokens, enough for a sentence
-SCORED, WANTED = 128, 512  # held-out prompts of the scores, sentences in Phi
+T, INNER_LR, EPS_ROOT, SGD_LR, KL = 16, 1e-3, 1e-4, 0.1, 0.15  # SGD diverges at 1
+SCORED, WANTED = 128, 400  # held-out prompts of the scores, sentences in Phi
 SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities are measured after
 
 
 def scores(texts, sentences, language):
-    """The share of texts in the language, and of those that say what their sentence says."""
+    """The share of texts in the language, and the share that says in it what its sentence says,
+    or None where a sentence is not of the grammar."""
     said = [corpus.parse(text, language) for text in texts]
     asked = [corpus.parse(sentence, "en") for sentence in sentences]
-    correct = [a is not None and a == b for a, b in zip(said, asked, strict=True)]
-    return sum(frame is not None for frame in said) / len(texts), sum(correct) / len(texts)
+    correct = sum(a is not None and a == b for a, b in zip(said, asked, strict=True))
+    return {"fraction": sum(frame is not None for frame in said) / len(texts),
+            "correct": None if None in asked else correct / len(texts)}
 
 
 def bigram_entropy(texts):
@@ -45,65 +47,72 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__, steps=60, target=str(common.TINY_LM))
     parser.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
                         help="of the sentences in Phi (default de)")
-    lab = common.Lab(parser, argv)
+    lab = common.Lab(parser, argv, lambda lab: "--prompts: one is in the language asked for" if any(
+        corpus.in_language(text, lab.args.language) for text in lab.args.prompts or ()) else None)
     args, language = lab.args, lab.args.language
 
     def sentences(frames):
         return [" " + corpus.render(frame, language, lab.rng) for frame in frames]
 
-    # Sentences of meanings that no pretraining saw: one part is Phi, the rest tests.
-    unseen = list(dict.fromkeys(corpus.frames(lab.rng, 4000, held_out=True)))
-    metric = dpg.lm_metric(lab.target, lab.examples(sentences(unseen[:WANTED])))
-    test = sentences(unseen[WANTED:])
-    test_examples, words = lab.examples(test), sum(len(text.split()) for text in test)
-    likelihood = dpg.lm_metric(lab.target, test_examples)
-    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
+    # Of the meanings that no pretraining saw, those that a check asks for stay out of Phi, and out
+    # of the test sentences; so the three have none in common.
     prompts = lab.fresh_texts(SCORED, 0)
+    asked = {corpus.parse(text, "en") for text in itertools.chain(prompts, *(
+        lab.fresh_texts(SFT_BATCH // common.SAMPLES, step) for step in range(SFT_STEPS)))}
+    frames = [frame for frame in map(corpus.Frame._make, itertools.product(*map(
+        range, corpus.SIZES))) if corpus.is_held_out(frame) and frame not in asked]
+    lab.rng.shuffle(frames)
+    wanted, test = lab.examples(sentences(frames[:WANTED])), sentences(frames[WANTED:])
+    length = wanted.tokens.shape[1]  # a rollout has room for the longest sentence and its end
+    metric, test_examples = dpg.lm_metric(lab.target, wanted), lab.examples(test)
+    likelihood, words = dpg.lm_metric(lab.target, test_examples), sum(len(t.split()) for t in test)
+    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
 
     def perplexity(data):
         """Per word of the test sentences, after ordinary SFT of a fresh target on the data."""
-        params = dict(lab.target.named_parameters())
-        for params in lab.sft(data, lr=INNER_LR):
-            pass
-        return math.exp(-likelihood(params).item() * int(test_examples.mask.sum()) / words)
+        *_, params = [dict(lab.target.named_parameters()), *lab.sft(data, lr=INNER_LR)]
+        nats = -likelihood(params).item() * int(test_examples.mask.sum())
+        return math.exp(nats / words)
 
     def check(policy):
         """Everything that is measured before and after, and the greedy answers."""
         greedy, sampled = (lab.texts(lab.rollouts(
-            policy, prompts, max_new_tokens=LENGTH, temperature=t)) for t in (0, 1))
+            policy, prompts, max_new_tokens=length, temperature=t)) for t in (0, 1))
         data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
-                            max_new_tokens=LENGTH).examples(lab.start)
-        found = dict(zip(("fraction", "correct"), scores(greedy, prompts, language)))
-        found |= dict(zip(("fraction_sampled", "correct_sampled"),
-                          scores(sampled, prompts, language)))
+                            max_new_tokens=length).examples(lab.start)
+        found = scores(greedy, prompts, language)
+        found |= {f"{name}_sampled": value
+                  for name, value in scores(sampled, prompts, language).items()}
         found |= {"entropy": bigram_entropy(sampled),
                   "phi": metric(dpg.sft(lab.target, data, inner, steps=T)).item()}
-        fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=LENGTH)
+        fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=length)
         return found, perplexity(fresh), greedy
 
     def observe(result):
         texts = lab.texts(result.rollouts)
-        fraction = sum(corpus.in_language(text, language) for text in texts) / len(texts)
-        return {"fraction": round(fraction, 4), "bigram_entropy": bigram_entropy(texts),
-                "sample": texts[0]}
+        return {"fraction": sum(corpus.in_language(text, language) for text in texts) / len(texts),
+                "bigram_entropy": bigram_entropy(texts), "sample": texts[0]}
 
+    real = perplexity([lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH)))
+                       for _ in range(SFT_STEPS)])
     before, control, said = check(lab.reference)
     history = lab.train(lab.reward(metric, inner, T), observe, show="fraction", steps=T, lr=2e-3,
-                        discount=1.0, max_new_tokens=LENGTH, kl_coef=KL, entropy_coef=0.0)
+                        discount=1.0, max_new_tokens=length, kl_coef=KL, entropy_coef=0.0)
     after, generated, says = check(lab.policy)
-    real = [lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH))) for _ in range(SFT_STEPS)]
     result = lab.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
         perplexity={"none": perplexity([]), "control": control, "generated": generated,
-                    "real": perplexity(real)})
+                    "real": real},
+        gap_closed=math.log(control / generated) / math.log(control / real))
     draw(history, prompts, said, says, result, lab.folder / "figure.png")
     report(result, prompts, said, says, lab)
 
 
 def report(result, prompts, said, says, lab):
     def change(score):
-        return f"{result[f'{score}_before']:.3f} -> {result[f'{score}_after']:.3f}"
+        before, after = result[f"{score}_before"], result[f"{score}_after"]
+        return "not known" if after is None else f"{before:.3f} -> {after:.3f}"
 
     for i in range(3):
         print(f"asked       {prompts[i]!r}\nbefore      {said[i].strip()!r}\n"
@@ -115,7 +124,9 @@ def report(result, prompts, said, says, lab):
     print(f"entropy     {change('entropy')}   nats per pair of words, sampled")
     print(f"Phi         {change('phi')}   after training on D")
     shown = "   ".join(f"{name} {value:.3f}" for name, value in result["perplexity"].items())
-    print(f"perplexity  {shown}   per word, after torch.optim.AdamW on fresh text")
+    print(f"perplexity  {shown}   per word of unseen text, after torch.optim.AdamW on nothing, the "
+          "untrained generator's text, the trained one's, real text")
+    print(f"gap closed  {result['gap_closed']:.3f}   of log-perplexity, from control to real")
     print(f"files       {lab.folder}/   {result['seconds']} s")
 
 
@@ -130,11 +141,10 @@ def draw(history, prompts, said, says, result, path):
     right = top.twinx()
     right.plot(steps, [row["bigram_entropy"] for row in history], color="grey", lw=1)
     right.set_ylim(bottom=0)
-    right.set_ylabel("bigram entropy, nats (grey)", color="grey")
-    lines = [f"step {row['step']:4d}   {row['sample'].strip()[:70]}"
-             for row in common.spread(history, 6)]
-    lines += ["", f"asked    {prompts[0]}", f"before   {said[0].strip()}",
-              f"after    {says[0].strip()}"]
+    right.set_ylabel("bigram entropy of a step's samples, nats (grey)", color="grey")
+    lines = [f"step {row['step']:4d}   {row['sample']}" for row in common.spread(history, 6)]
+    lines += ["", f"held-out prompt         {prompts[0]}",
+              f"answer, greedy, before  {said[0]}", f"answer, greedy, after   {says[0]}"]
     common.write(bottom, lines)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
