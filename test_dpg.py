@@ -984,7 +984,7 @@ def demo(name):
 @pytest.fixture(scope="module")
 def demos():
     return {name: demo(name)
-            for name in ("uuid", "sixty_seven", "qr_code", "l2_norm", "inner_steps")}
+            for name in ("uuid", "sixty_seven", "qr_code", "l2_norm", "inner_steps", "language")}
 
 
 @pytest.fixture
@@ -994,6 +994,8 @@ def shortened(demos, monkeypatch, tmp_path):
     for name, value in (("PROMPTS", 8), ("HELD_OUT", 8), ("CHECK_STEPS", 3), ("CHECK_BATCH", 8)):
         monkeypatch.setattr(common, name, value)
     monkeypatch.setattr(patterns, "SETTINGS", patterns.SETTINGS | {"prompts": 8})
+    for name, value in (("T", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
+        monkeypatch.setattr(demos["language"], name, value)
 
     def run(name, *arguments, out=tmp_path / "out"):
         demos[name].main(["--steps", "2", "--out", str(out), *arguments])
@@ -1023,7 +1025,9 @@ def test_11_uuid_as_a_person_runs_it(person):
     ("sixty_seven", ()), ("sixty_seven", ("--inner-steps", "3")),
     ("sixty_seven", ("--inner", "sgd", "--temperature", "1")),
     ("sixty_seven", ("--reward", "naive", "--inner-steps", "2")), ("qr_code", ("--text", "DPG")),
-    ("l2_norm", ()), ("l2_norm", ("--inner-steps", "2")), ("l2_norm", ("--reward", "naive"))])
+    ("l2_norm", ()), ("l2_norm", ("--inner-steps", "2")), ("l2_norm", ("--reward", "naive")),
+    ("language", ()), ("language", ("--language", "fr", "--inner", "sgd")),
+    ("language", ("--language", "it", "--reward", "naive"))])
 def test_11_demo_variants(shortened, tmp_path, name, arguments):
     result, metrics = shortened(name, *arguments)
     assert [row["step"] for row in metrics] == [0, 1]
@@ -1042,8 +1046,34 @@ def test_11_demo_variants(shortened, tmp_path, name, arguments):
         curves = (tmp_path / "out/validation.jsonl").read_text().splitlines()
         assert len(curves) == 3  # CHECK_STEPS, shortened
         assert json.loads(curves[-1])["pixel_accuracy_1x"] == result["pixel_accuracy_after"]
+    if name == "language":
+        assert result["fraction_before"] == 0 < result["entropy_before"]
+        perplexity = result["perplexity"]  # a little real text teaches more than a little English
+        assert 1 < perplexity["real"] < perplexity["control"] and len(perplexity) == 4
     if name == "qr_code":
         assert result["text"] == "DPG" and result["payload"] is None  # two steps are not enough
+
+
+def test_11_language_scores(demos):
+    language = demos["language"]
+    texts = [" jetzt kauft der König ein Buch im Laden", " now the king buys a book at the shop",
+             " die Frau kauft gerade ein Buch im Laden", " der König Buch"]
+    asked = "the monarch purchases a volume at the store right now"
+    assert language.scores(texts, [asked] * 4, "de") == {"fraction": 0.5, "correct": 0.25}
+    assert language.scores(texts, ["who?"] * 4, "de") == {"fraction": 0.5, "correct": None}
+    assert language.bigram_entropy(["a b", "a b", "b a b"]) == pytest.approx(  # ab ab ba ab
+        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-12)
+
+
+def test_11_prompts_that_do_not_fit(shortened, tmp_path, capsys):
+    for name, line, why in (("language", "a" * 120, "the generator has room for"),
+                            ("language", "jetzt kauft der König ein Buch im Laden", "one is in the"),
+                            ("uuid", "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3", "holds the UUID")):
+        (tmp_path / "prompts").write_text("\n".join([*"abcde", line]))
+        with pytest.raises(SystemExit) as stop:
+            shortened(name, "--prompts", str(tmp_path / "prompts"))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and why in error
 
 
 def test_11_ablation(shortened, demos, monkeypatch, tmp_path, capsys):
@@ -1073,6 +1103,7 @@ def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
     ("uuid", ("--reward", "none")), ("uuid", ("--inner", "lion")),
     ("l2_norm", ("--inner-steps", "0")), ("sixty_seven", ("--temperature", "nan")),
     ("sixty_seven", ("--pattern", "no-such-file")), ("uuid", ("--seed", "99999999999999")),
+    ("language", ("--language", "en")),
     ("qr_code", ("--text", "more than fits into version 1")), ("qr_code", ("--text", ""))])
 def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
     with pytest.raises(SystemExit) as stop:

@@ -26,6 +26,7 @@ from demos import corpus
 
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
+ANSWER = 40  # tokens: no demo writes more
 
 # For metrics of the target's weights (sections 4.1 to 4.3). Their check is 96 steps of plain AdamW
 # on fresh text, at the rate that moves the head by as much of its scale as the paper's steps do,
@@ -165,6 +166,11 @@ class Lab:
             torch.set_num_threads(1)  # more would mostly wait for each other; and one is repeatable
         self.rng = random.Random(args.seed)
         if args.prompts:
+            longest = max(len(self.tokenizer(corpus.prompt(s)).input_ids) for s in args.prompts)
+            room = getattr(self.policy.config, "max_position_embeddings", math.inf) - ANSWER
+            if longest > room:
+                arguments.error(f"--prompts: the longest takes {longest} tokens; the generator has "
+                                f"room for {room} and an answer")
             self.held_out = args.prompts[::5][:HELD_OUT]
             self.sentences = [s for i, s in enumerate(args.prompts) if i % 5]
         else:
@@ -349,3 +355,18 @@ class Lab:
         self.tokenizer.save_pretrained(self.folder / "generator")
         (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         return result
+
+
+# ------------------------------------------------------------------------------- the pictures
+
+def spread(history, n):
+    """n of its rows, or fewer, evenly from the first to the last."""
+    return [history[i * (len(history) - 1) // (n - 1)] for i in range(n)] if history else []
+
+
+def write(axis, lines):
+    """Lines of text instead of a plot, each cut to the width of the figure."""
+    axis.axis("off")
+    lines = [re.sub(r"\s", " ", line)[:96] for line in lines]
+    axis.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9,
+              parse_math=False)  # a sample may hold any character

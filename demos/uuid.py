@@ -125,14 +125,12 @@ def draw(history, said, says, result, path):
     right.plot(steps, [row["phi"] for row in history], color="grey", lw=1)
     right.set_ylabel("Phi, nats per token (grey)", color="grey")
     top.set_xlabel("generator step")
-    bottom.axis("off")
-    shown = [history[int(i * (len(history) - 1) / 6)] for i in range(7)] if history else []
     lines = [f"best of {common.PROMPTS * common.SAMPLES} samples:"]
-    lines += [f"step {row['step']:4d}   {' '.join(row['best'].split())[:60]}" for row in shown]
+    lines += [f"step {row['step']:4d}   {' '.join(row['best'].split())[:60]}"
+              for row in common.spread(history, 7)]
     lines += ["", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
               f"held-out prompt, greedy, after:   {says.strip()[:60]}"]
-    bottom.text(0, 1, "\n".join(lines), family="monospace", va="top", fontsize=9,
-                parse_math=False)  # a sample may hold any character
+    common.write(bottom, lines)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,0 +1,155 @@
+"""Can a generator that is only asked in English come to answer in German? (section 4.4)
+
+Every request is in English and asks to rephrase an English sentence. Phi is the log-likelihood that
+a target model, after training on the answers, gives to sentences of another language. The generator
+comes to answer in that language, and goes on saying what it was asked to say.
+"""
+import pathlib
+import sys
+
+# Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import collections
+import itertools
+import math
+
+import matplotlib
+
+import dpg
+from demos import common, corpus
+
+NAMES = dict(de="German", es="Spanish", fr="French", it="Italian")
+T, INNER_LR, EPS_ROOT, SGD_LR, KL = 16, 1e-3, 1e-4, 0.1, 0.15  # SGD diverges at 1
+SCORED, WANTED = 128, 400  # held-out prompts of the scores, sentences in Phi
+SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities are measured after
+
+
+def scores(texts, sentences, language):
+    """The share of texts in the language, and the share that says in it what its sentence says,
+    or None where a sentence is not of the grammar."""
+    said = [corpus.parse(text, language) for text in texts]
+    asked = [corpus.parse(sentence, "en") for sentence in sentences]
+    correct = sum(a is not None and a == b for a, b in zip(said, asked, strict=True))
+    return {"fraction": sum(frame is not None for frame in said) / len(texts),
+            "correct": None if None in asked else correct / len(texts)}
+
+
+def bigram_entropy(texts):
+    """Of the pairs of neighbouring words, all texts together, in nats."""
+    words = [text.split() for text in texts]
+    pairs = collections.Counter(pair for row in words for pair in zip(row, row[1:]))
+    total = sum(pairs.values())
+    return -sum(n / total * math.log(n / total) for n in pairs.values())
+
+
+def main(argv=None):
+    parser = common.parser(__file__, __doc__, steps=60, target=str(common.TINY_LM))
+    parser.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
+                        help="of the sentences in Phi (default de)")
+    lab = common.Lab(parser, argv, lambda lab: "--prompts: one is in the language asked for" if any(
+        corpus.in_language(text, lab.args.language) for text in lab.args.prompts or ()) else None)
+    args, language = lab.args, lab.args.language
+
+    def sentences(frames):
+        return [" " + corpus.render(frame, language, lab.rng) for frame in frames]
+
+    # Of the meanings that no pretraining saw, those that a check asks for stay out of Phi, and out
+    # of the test sentences; so the three have none in common.
+    prompts = lab.fresh_texts(SCORED, 0)
+    asked = {corpus.parse(text, "en") for text in itertools.chain(prompts, *(
+        lab.fresh_texts(SFT_BATCH // common.SAMPLES, step) for step in range(SFT_STEPS)))}
+    frames = [frame for frame in map(corpus.Frame._make, itertools.product(*map(
+        range, corpus.SIZES))) if corpus.is_held_out(frame) and frame not in asked]
+    lab.rng.shuffle(frames)
+    wanted, test = lab.examples(sentences(frames[:WANTED])), sentences(frames[WANTED:])
+    length = wanted.tokens.shape[1]  # a rollout has room for the longest sentence and its end
+    metric, test_examples = dpg.lm_metric(lab.target, wanted), lab.examples(test)
+    likelihood, words = dpg.lm_metric(lab.target, test_examples), sum(len(t.split()) for t in test)
+    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
+
+    def perplexity(data):
+        """Per word of the test sentences, after ordinary SFT of a fresh target on the data."""
+        *_, params = [dict(lab.target.named_parameters()), *lab.sft(data, lr=INNER_LR)]
+        nats = -likelihood(params).item() * int(test_examples.mask.sum())
+        return math.exp(nats / words)
+
+    def check(policy):
+        """Everything that is measured before and after, and the greedy answers."""
+        greedy, sampled = (lab.texts(lab.rollouts(
+            policy, prompts, max_new_tokens=length, temperature=t)) for t in (0, 1))
+        data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
+                            max_new_tokens=length).examples(lab.start)
+        found = scores(greedy, prompts, language)
+        found |= {f"{name}_sampled": value
+                  for name, value in scores(sampled, prompts, language).items()}
+        found |= {"entropy": bigram_entropy(sampled),
+                  "phi": metric(dpg.sft(lab.target, data, inner, steps=T)).item()}
+        fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=length)
+        return found, perplexity(fresh), greedy
+
+    def observe(result):
+        texts = lab.texts(result.rollouts)
+        return {"fraction": sum(corpus.in_language(text, language) for text in texts) / len(texts),
+                "bigram_entropy": bigram_entropy(texts), "sample": texts[0]}
+
+    real = perplexity([lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH)))
+                       for _ in range(SFT_STEPS)])
+    before, control, said = check(lab.reference)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="fraction", steps=T, lr=2e-3,
+                        discount=1.0, max_new_tokens=length, kl_coef=KL, entropy_coef=0.0)
+    after, generated, says = check(lab.policy)
+    result = lab.finish(
+        language=language, **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+        perplexity={"none": perplexity([]), "control": control, "generated": generated,
+                    "real": real},
+        gap_closed=math.log(control / generated) / math.log(control / real))
+    draw(history, prompts, said, says, result, lab.folder / "figure.png")
+    report(result, prompts, said, says, lab)
+
+
+def report(result, prompts, said, says, lab):
+    def change(score):
+        before, after = result[f"{score}_before"], result[f"{score}_after"]
+        return "not known" if after is None else f"{before:.3f} -> {after:.3f}"
+
+    for i in range(3):
+        print(f"asked       {prompts[i]!r}\nbefore      {said[i].strip()!r}\n"
+              f"after       {says[i].strip()!r}")
+    print(f"{NAMES[result['language']]:11} {change('fraction')}   of the greedy answers to "
+          f"{SCORED} held-out prompts; sampled {change('fraction_sampled')}")
+    print(f"correct     {change('correct')}   say in it what they were asked; sampled "
+          f"{change('correct_sampled')}")
+    print(f"entropy     {change('entropy')}   nats per pair of words, sampled")
+    print(f"Phi         {change('phi')}   after training on D")
+    shown = "   ".join(f"{name} {value:.3f}" for name, value in result["perplexity"].items())
+    print(f"perplexity  {shown}   per word of unseen text, after torch.optim.AdamW on nothing, the "
+          "untrained generator's text, the trained one's, real text")
+    print(f"gap closed  {result['gap_closed']:.3f}   of log-perplexity, from control to real")
+    print(f"files       {lab.folder}/   {result['seconds']} s")
+
+
+def draw(history, prompts, said, says, result, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.2), height_ratios=(2, 1))
+    name, steps = NAMES[result["language"]], [row["step"] for row in history]
+    top.plot(steps, [row["fraction"] for row in history])
+    top.set(ylabel=f"share in {name}, samples at temperature 1", ylim=(-0.02, 1.02),
+            xlabel="generator step", title=f"Asked in English, it comes to answer in {name}")
+    right = top.twinx()
+    right.plot(steps, [row["bigram_entropy"] for row in history], color="grey", lw=1)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("bigram entropy of a step's samples, nats (grey)", color="grey")
+    lines = [f"step {row['step']:4d}   {row['sample']}" for row in common.spread(history, 6)]
+    lines += ["", f"held-out prompt         {prompts[0]}",
+              f"answer, greedy, before  {said[0]}", f"answer, greedy, after   {says[0]}"]
+    common.write(bottom, lines)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
