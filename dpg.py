@@ -143,13 +143,15 @@ class AdamW:
 
     def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
         (b1, b2), step = self.betas, state["step"] + 1
-        m = {k: b1 * state["m"][k] + (1 - b1) * g for k, g in grads.items()}
-        v = {k: b2 * state["v"][k] + (1 - b2) * g * g for k, g in grads.items()}
-        new = {}
+        c1, c2 = 1 - b1**step, 1 - b2**step  # m_hat = m / c1, v_hat = v / c2
+        m, v, new = {}, {}, {}
+        # A pass over memory costs more than its arithmetic: the c's are moved into the scalars.
         for k, p in params.items():
-            m_hat, v_hat = m[k] / (1 - b1**step), v[k] / (1 - b2**step)
-            u = m_hat / ((v_hat + self.eps_root).sqrt() + self.eps)
-            new[k] = p - self.lr * (u + self.weight_decay * p if self.weight_decay else u)
+            m[k] = state["m"][k].lerp(grads[k], 1 - b1)
+            v[k] = torch.addcmul(b2 * state["v"][k], grads[k], grads[k], value=1 - b2)
+            root = (v[k] + c2 * self.eps_root).sqrt() + c2**0.5 * self.eps
+            decayed = (1 - self.lr * self.weight_decay) * p if self.weight_decay else p
+            new[k] = torch.addcdiv(decayed, m[k], root, value=-self.lr * c2**0.5 / c1)
         return new, {"step": step, "m": m, "v": v}
 
 
