@@ -71,15 +71,18 @@ Usage (a test runs this):
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
 Metric = Callable[[Params], Tensor]
@@ -142,17 +145,40 @@ class AdamW:
         return {"step": 0, "m": zeros(), "v": zeros()}
 
     def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
-        (b1, b2), step = self.betas, state["step"] + 1
-        c1, c2 = 1 - b1**step, 1 - b2**step  # m_hat = m / c1, v_hat = v / c2
-        m, v, new = {}, {}, {}
-        # A pass over memory costs more than its arithmetic: the c's are moved into the scalars.
+        step, new, m, v = state["step"] + 1, {}, {}, {}
         for k, p in params.items():
-            m[k] = state["m"][k].lerp(grads[k], 1 - b1)
-            v[k] = torch.addcmul(b2 * state["v"][k], grads[k], grads[k], value=1 - b2)
-            root = (v[k] + c2 * self.eps_root).sqrt() + c2**0.5 * self.eps
-            decayed = (1 - self.lr * self.weight_decay) * p if self.weight_decay else p
-            new[k] = torch.addcdiv(decayed, m[k], root, value=-self.lr * c2**0.5 / c1)
+            new[k], m[k], v[k] = _AdamW.apply(p, grads[k], state["m"][k], state["v"][k], self, step)
         return new, {"step": step, "m": m, "v": v}
+
+
+class _AdamW(torch.autograd.Function):
+    """One tensor's update and, by hand, its derivative: autograd's takes three times the passes
+    over memory, which at small batches is a tenth of the whole. With c_i = 1 - b_i^step,
+
+        m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   p' = (1 - lr wd) p - rate m' / root
+        rate = lr sqrt(c2) / c1,  root = sqrt(v' + c2 eps_root) + sqrt(c2) eps
+    """
+
+    @staticmethod
+    def forward(ctx, p, g, m, v, o, step):
+        (b1, b2), c1, c2 = o.betas, 1 - o.betas[0] ** step, 1 - o.betas[1] ** step
+        ctx.eps, ctx.rate, ctx.keep = c2**0.5 * o.eps, o.lr * c2**0.5 / c1, 1 - o.lr * o.weight_decay
+        ctx.betas = b1, b2
+        m = m.lerp(g, 1 - b1)
+        v = torch.addcmul(b2 * v, g, g, value=1 - b2)
+        root = (v + c2 * o.eps_root).sqrt_().add_(ctx.eps)
+        ctx.save_for_backward(g, m, root)
+        return torch.addcdiv(ctx.keep * p if ctx.keep != 1 else p, m, root, value=-ctx.rate), m, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dp, dm, dv):  # the adjoints of p', m', v'
+        (g, m, root), (b1, b2) = ctx.saved_tensors, ctx.betas
+        ratio = dp / root
+        dm = torch.add(dm, ratio, alpha=-ctx.rate)
+        dv = torch.addcdiv(dv, ratio * m, root * (root - ctx.eps), value=ctx.rate / 2)
+        dg = torch.addcmul((1 - b1) * dm, g, dv, value=2 * (1 - b2))
+        return ctx.keep * dp if ctx.keep != 1 else dp, dg, b1 * dm, b2 * dv, None, None
 
 
 Optimizer = SGD | AdamW
@@ -162,53 +188,101 @@ Optimizer = SGD | AdamW
 
 
 def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
-        weights: Tensor | None = None, steps: int = 1) -> Params:
+        weights: Tensor | None = None, steps: int = 1, microbatch: int | None = None) -> Params:
     """A(w, D), section 3.1: the parameters after one pass of supervised fine-tuning, as a dict.
 
     The N examples are split in order into `steps` minibatches of B = N / steps. The loss of one is
     (1/B) sum_i w_i l_i with l_i = (1/L) sum_t mask_it * nll_it. `weights` is (N,), or (N, L) to
-    weight each token's nll; None is all ones. The result is differentiable in `weights` where
-    these require gradients. The model itself is not changed: the run starts from its parameters
-    and a new optimizer state at every call. Parameters with requires_grad=False are constants.
+    weight each token's nll; None is all ones. The result is differentiable (once) in `weights`
+    where these require gradients. The model itself is not changed: the run starts from its
+    parameters and a new optimizer state at every call. Parameters with requires_grad=False are
+    constants. A step's gradient is summed over micro-batches of `microbatch` rows: less memory,
+    the same numbers.
 
     Errors: ValueError for data, weights or steps that do not fit together, a model with active
     dropout, in half precision, or with an attention kernel that has no second derivative.
     """
-    _check_run(model, examples, steps)
+    _check_run(model, examples, steps, microbatch)
     n, length = examples.tokens.shape
     if weights is None:
         weights = _ones(model, (n,))
     _require(weights.shape in ((n,), (n, length)),
              f"weights must have shape {(n,)} or {(n, length)}, got {tuple(weights.shape)}")
     params, frozen = _parameters(model)
-    state, graph = optimizer.init(params), weights.requires_grad and torch.is_grad_enabled()
+    loss, state = _Loss(model, frozen, microbatch), optimizer.init(params)
+    graph = weights.requires_grad and torch.is_grad_enabled()
     for batch, w in _minibatches(examples, weights, steps):
-        params, state, _ = _step(model, params, frozen, state, batch, w, optimizer, graph)
+        grads, _ = loss.gradient(params, batch, w, graph)
+        with torch.set_grad_enabled(graph):
+            params, state = optimizer.update(params, grads, state)
     return _merge(model, params, frozen)
 
 
-def _step(model, params, frozen, state, batch, weights, optimizer, graph):
-    """One optimizer step; with graph=True the result can be differentiated in all that went in."""
-    if not graph:
-        params = {k: p.detach().requires_grad_() for k, p in params.items()}
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels differentiate only once
-        nll = _nll(model, params | frozen, batch)  # (B, L - 1), at columns 1..L-1
-        b, length = batch.tokens.shape
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of a minibatch, (1/B) sum_i w_i l_i, and its derivatives. They are sums over rows:
+    taken `microbatch` rows at a time, and each process of `group` has rows of its own."""
+
+    model: nn.Module
+    frozen: Params
+    microbatch: int | None = None
+    group: "dist.ProcessGroup | None" = None
+
+    def gradient(self, params, batch, weights, graph=False):
+        """d loss / d params, and the loss; with a graph it can be differentiated in both inputs."""
+        params = params if graph else _leaf(params)
+        total, value = None, 0
+        for part, w in self._parts(batch, weights):
+            grads, part_value = self._part(params, part, w, len(batch.tokens), graph)
+            total = grads if total is None else [a + b for a, b in zip(total, grads)]
+            value = value + part_value
+        if self.group is not None:
+            for x in (*total, value):
+                dist.all_reduce(x, group=self.group)
+        return dict(zip(params, total)), value
+
+    def pull_back(self, params, batch, weights, adjoint, second):
+        """With s = <gradient, adjoint>: d s / d weights, this process's rows of tau; and
+        d s / d params, a Hessian-vector product, where `second`. None where s does not depend."""
+        params, taus, total = _leaf(params), [], [None] * len(params)
+        for part, w in self._parts(batch, weights):
+            w = _leaf(w)
+            grads, _ = self._part(params, part, w, len(batch.tokens), True)
+            outputs, sides = _linked(grads, adjoint)
+            if not outputs:
+                return None, total
+            tau, *products = torch.autograd.grad(outputs, [w, *(params.values() if second else ())],
+                                                 sides, allow_unused=True)
+            taus.append(tau)
+            total = _add(total, products) if second else total
+        if self.group is not None:
+            for x in total:
+                if x is not None:
+                    dist.all_reduce(x, group=self.group)
+        return None if taus[0] is None else torch.cat(taus), total
+
+    def _parts(self, batch, weights):
+        parts = (x.split(self.microbatch or len(weights)) for x in (*batch, weights))
+        return [(Examples(t, m), w) for t, m, w in zip(*parts, strict=True)]
+
+    def _part(self, params, batch, weights, rows, graph):
+        rows *= 1 if self.group is None else dist.get_world_size(self.group)  # now B
         w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
-        loss = (w * nll).sum() / (b * length)
-        # A parameter that the logits do not depend on has gradient zero.
-        grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
-                                    materialize_grads=True)
-    with torch.set_grad_enabled(graph):
-        params, state = optimizer.update(params, dict(zip(params, grads, strict=True)), state)
-    return params, state, loss.detach()
+        with torch.enable_grad():
+            nll = _nll(self.model, params | self.frozen, batch)  # (rows, L - 1): columns 1..L-1
+            loss = (w * nll).sum() / (rows * batch.tokens.shape[1])
+            # A parameter that the logits do not depend on has gradient zero.
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
+                                        materialize_grads=True)
+        return grads, loss.detach()
 
 
 def _nll(model, params, examples):
     """-log p of every label given the tokens before it, 0 where the mask is 0: (N, L - 1)."""
     # Rows are padded on the right and the model is causal: no label sees what follows it, so no
     # attention mask is needed.
-    logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
+        logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
     labels = examples.tokens[:, 1:]
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return nll.view_as(labels) * examples.mask[:, 1:]
@@ -220,16 +294,25 @@ def _call(model, params, tokens):
     return functional_call(model, params, (tokens,), {"use_cache": False} if cached else {})
 
 
-def lm_metric(model: nn.Module, examples: Examples) -> Metric:
+def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
     """A metric: the mean log-likelihood per label token of `examples`, in nats.
 
-    The text targets of sections 4.4 and 4.5 are metrics of this form.
+    The text targets of sections 4.4 and 4.5 are metrics of this form. With `microbatch` the logits
+    exist for so many rows at a time, and are computed again in the backward pass.
     """
     _check_examples(examples, "examples")
+    _check_count(microbatch, "microbatch")
     count = examples.mask.sum()
 
+    def total(params: Params, part: Examples) -> Tensor:
+        return _nll(model, params, part).sum()
+
     def metric(params: Params) -> Tensor:
-        return -_nll(model, params, examples).sum() / count
+        if microbatch is None:
+            return -total(params, examples) / count
+        parts = (x.split(microbatch) for x in examples)
+        return -sum(checkpoint(total, params, Examples(*part), use_reentrant=False,
+                               preserve_rng_state=False) for part in zip(*parts)) / count
 
     return metric
 
@@ -247,26 +330,53 @@ class Attribution(NamedTuple):
 
 
 def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
-                 steps: int = 1, per_token: bool = False, method: str = "unroll") -> Attribution:
+                 steps: int = 1, per_token: bool = False, method: str = "unroll",
+                 microbatch: int | None = None, checkpoint_every: int = 1, offload: bool = False,
+                 group: "dist.ProcessGroup | None" = None) -> Attribution:
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
-    method="unroll" keeps the graph of the whole run: memory grows with `steps`. "replay" stores the
-    parameters and optimizer state before each step, and rebuilds one step's graph at a time on
-    the way back: the same numbers, one more forward and backward pass per step but the last.
-
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
-    per-example tau.
+    per-example tau. The two methods give the same numbers:
+
+    "unroll" keeps the graph of the whole run. It is the definition, and the faster one; its memory
+    grows with N.
+
+    "replay" stores states and rebuilds the rest, one step and, of this, `microbatch` rows at a time
+    (None: all B): beyond the states its memory does not grow with N. One more forward and backward
+    pass. A state is the parameters, the optimizer's moments and the gradient, 4 times the
+    parameters with AdamW; it is stored every `checkpoint_every` steps, with offload=True in host
+    memory. From 2 on the states between are computed again: one more pass, T / k + k states.
+
+    With a process `group` (replay only), `examples` are this process's rows, as many on each, and
+    so is tau. Minibatch k of the run is the processes' k-th minibatches put together; `metric` must
+    be the same function everywhere. (With "unroll", `microbatch` bounds no memory.)
 
     Errors: those of `sft`; ValueError for a metric that is not a scalar or does not depend on the
     parameters, and for an unknown method; FloatingPointError for a Phi or tau that is not finite.
     """
-    _check_run(model, examples, steps)
+    _check_run(model, examples, steps, microbatch, group)
     _require(method in ("unroll", "replay"), f'method must be "unroll" or "replay", got {method!r}')
+    _check_count(checkpoint_every, "checkpoint_every")
+    for name, given in (("checkpoint_every", checkpoint_every != 1), ("offload", offload),
+                        ("group", group is not None)):
+        _require(not given or method == "replay", f'{name} needs method="replay"')
     shape = examples.tokens.shape if per_token else examples.tokens.shape[:1]
-    weights = _ones(model, shape).requires_grad_()
-    run = _unroll if method == "unroll" else _replay
+    batches = _minibatches(examples, _ones(model, shape).requires_grad_(), steps)
+    params, frozen = _parameters(model)
+    loss = _Loss(model, frozen, microbatch, group)
+
+    def measured(params):
+        return _measure(metric, _merge(model, params, frozen))
+
     with torch.enable_grad():
-        tau, phi, params, losses = run(model, examples, metric, optimizer, weights, steps)
+        if method == "unroll":
+            found = _unroll(loss, batches, measured, optimizer, params)
+        else:
+            found = _replay(loss, batches, measured, optimizer, params, checkpoint_every, offload)
+    taus, phi, params, losses = found
+    _require(any(tau is not None for tau in taus), _BLIND)
+    tau = torch.cat([torch.zeros_like(w) if tau is None else tau
+                     for tau, (_, w) in zip(taus, batches, strict=True)]).detach()
     if not torch.isfinite(tau).all():
         row = int((~torch.isfinite(tau)).nonzero()[0, 0])
         raise FloatingPointError(
@@ -274,83 +384,114 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
             f"= 0 met a gradient of exactly 0; inner losses {torch.stack(losses).tolist()}")
     if per_token:
         tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
-    return Attribution(tau, phi.item(), {k: p.detach() for k, p in params.items()},
-                       torch.stack(losses))
+    params = {k: p.detach() for k, p in _merge(model, params, frozen).items()}
+    return Attribution(tau, phi.item(), params, torch.stack(losses))
 
 
 _BLIND = "metric does not depend on any parameter that training on the examples changes"
 
 
-def _unroll(model, examples, metric, optimizer, weights, steps):
+def _unroll(loss, batches, metric, optimizer, params):
     """The definition: train with a graph, then differentiate the metric."""
-    params, frozen = _parameters(model)
     state, losses = optimizer.init(params), []
-    for batch, w in _minibatches(examples, weights, steps):
-        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, True)
-        losses.append(loss)
-    params = _merge(model, params, frozen)
-    phi = _measure(metric, params)
+    for batch, w in batches:
+        grads, value = loss.gradient(params, batch, w, graph=True)
+        params, state = optimizer.update(params, grads, state)
+        losses.append(value)
+    phi = metric(params)
     # autograd walks only the paths that end in a weight, and none passes through the initial
     # parameters: no Hessian-vector product is spent on the first step, so none at all at T = 1.
-    (tau,) = torch.autograd.grad(phi, weights, allow_unused=True)
-    _require(tau is not None, _BLIND)
-    return tau, phi, params, losses
+    taus = torch.autograd.grad(phi, [w for _, w in batches], allow_unused=True)
+    return taus, phi, params, losses
 
 
-def _replay(model, examples, metric, optimizer, weights, steps):
-    """The same, holding one step's graph at a time. z_k is (parameters, optimizer state) before
-    step k, z_{k+1} = step_k(z_k, w_k), and its adjoint d Phi / d z_k is carried from the end back:
+def _replay(loss, batches, metric, optimizer, params, every, offload):
+    """The same by the chain rule. z_k is (parameters, optimizer state) before step k, g_k(z_k, w_k)
+    the gradient, z_{k+1} = update(z_k, g_k). From the end back, the adjoint of x being d Phi / d x:
 
-        tau_k = (d z_{k+1} / d w_k)^T adjoint,    adjoint <- (d z_{k+1} / d z_k)^T adjoint
+        adjoint of g_k = (d update / d g)^T adjoint of z_{k+1}
+        tau_k          = (d g_k / d w_k)^T adjoint of g_k
+        adjoint of z_k = (d update / d z)^T adjoint of z_{k+1} + (d g_k / d z)^T adjoint of g_k
     """
-    batches = _minibatches(examples, weights, steps)
-    params, frozen = _parameters(model)
-    z, losses = [(params, optimizer.init(params))], []
-    for batch, w in batches[:-1]:  # the last step is run once, on the way back
-        params, state = z[-1]
-        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, False)
-        z.append((params, state))
-        losses.append(loss)
-    taus = []
-    for k in reversed(range(steps)):
-        batch, w = batches[k][0], batches[k][1].detach().requires_grad_()
-        here = params, state = _leaf(z.pop())
-        params, state, loss = _step(model, params, frozen, state, batch, w, optimizer, True)
-        if k == steps - 1:
-            losses.append(loss)
-            trained = _merge(model, params, frozen)
-            phi = _measure(metric, trained)
-            outputs, adjoint = [phi], None
-        else:
-            outputs = _tensors((params, state))
-        inputs = [w] + (_tensors(here) if k > 0 else [])  # the first step's parameters need none
-        tau, *adjoint = torch.autograd.grad(outputs, inputs, adjoint, allow_unused=True)
-        _require(tau is not None, _BLIND)
-        adjoint = [torch.zeros_like(x) if a is None else a for x, a in zip(inputs[1:], adjoint)]
-        taus.append(tau)
-    return torch.cat(taus[::-1]), phi, trained, losses
+    device, starts = next(iter(params.values())).device, range(0, len(batches), every)
+    z, kept, losses = (params, optimizer.init(params)), [], []
+
+    def walk(z, first):
+        """Steps first .. first + every - 1: each one's z and g, the losses, and the z after."""
+        trail, values = [], []
+        for batch, w in batches[first:first + every]:
+            grads, value = loss.gradient(z[0], batch, w.detach())
+            trail.append((z, grads))
+            values.append(value)
+            with torch.no_grad():
+                z = optimizer.update(z[0], grads, z[1])
+        return trail, values, z
+
+    for first in starts:
+        trail, values, z = walk(z, first)
+        losses += values
+        if first != starts[-1]:
+            kept.append(_map(lambda x: x.to("cpu"), trail[0]) if offload else trail[0])
+    trained = _leaf(z[0])
+    phi = metric(trained)
+    taus, state = [], _tensors(z[1])
+    adjoint = [*torch.autograd.grad(phi, list(trained.values()), allow_unused=True),
+               *(None for _ in state)]
+    for first in reversed(starts):
+        if first != starts[-1]:
+            trail = [_map(lambda x: x.to(device), kept.pop())]
+            if every > 1:
+                trail, _, _ = walk(trail[0][0], first)
+        while trail:
+            k = first + len(trail) - 1
+            (params, state), grads = _leaf(trail.pop())
+            outputs, sides = _linked(_tensors(optimizer.update(params, grads, state)), adjoint)
+            # The first step's parameters and state need no adjoint.
+            inputs = [*grads.values(), *(_tensors((params, state)) if k > 0 else ())]
+            found = torch.autograd.grad(outputs, inputs, sides, allow_unused=True)
+            of_g, of_z = found[:len(grads)], found[len(grads):]
+            tau, products = loss.pull_back(params, *batches[k], of_g, second=k > 0)
+            adjoint = [*_add(of_z[:len(params)], products), *of_z[len(params):]] if k > 0 else []
+            taus.append(tau)
+    return taus[::-1], phi, trained, losses
 
 
-def _tensors(tree) -> list[Tensor]:
-    """The tensors of nested tuples and dicts (parameters, optimizer states), in order."""
+def _linked(outputs, adjoints):
+    """The outputs that have an adjoint and a graph, and their adjoints."""
+    pairs = [(x, a) for x, a in zip(outputs, adjoints, strict=True)
+             if a is not None and x.requires_grad]
+    return [x for x, _ in pairs], [a for _, a in pairs]
+
+
+def _add(first, second):
+    """The sums, entry by entry, where None is zero."""
+    return [a if b is None else b if a is None else a + b
+            for a, b in zip(first, second, strict=True)]
+
+
+def _map(change, tree):
+    """The same nest of tuples and dicts (parameters, optimizer states), each tensor changed."""
     if isinstance(tree, Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ()
-    return [t for part in parts for t in _tensors(part)]
+        return change(tree)
+    if isinstance(tree, tuple):
+        return tuple(_map(change, part) for part in tree)
+    return {k: _map(change, x) for k, x in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _leaf(tree):
     """The same tree with each tensor a new leaf of the graph."""
-    if isinstance(tree, Tensor):
-        return tree.detach().requires_grad_()
-    if isinstance(tree, tuple):
-        return tuple(_leaf(part) for part in tree)
-    return {k: _leaf(part) for k, part in tree.items()} if isinstance(tree, dict) else tree
+    return _map(lambda x: x.detach().requires_grad_(), tree)
+
+
+def _tensors(tree) -> list[Tensor]:
+    """The tensors of such a nest, in order."""
+    found = []
+    _map(found.append, tree)
+    return found
 
 
 def _measure(metric, params):
-    with sdpa_kernel(SDPBackend.MATH):
-        phi = metric(params)
+    phi = metric(params)
     _require(isinstance(phi, Tensor) and phi.numel() == 1,
              "metric must return a tensor with one element")
     _require(phi.requires_grad, _BLIND)
@@ -397,20 +538,28 @@ class Rollouts(NamedTuple):
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
-             temperature: float = 1.0, seed: int, eos_token_id: int | None = None) -> Rollouts:
+             temperature: float = 1.0, seed: int | Sequence[int], eos_token_id: int | None = None,
+             microbatch: int | None = None) -> Rollouts:
     """Sample from the policy: `samples` rollouts for each prompt, in `max_new_tokens` columns.
 
     `prompts` is a pair (tokens, attention mask), both (P_n, P) and padded on the left, or what a
     tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
-    the one of the model's generation config. Temperature 0 takes the most likely token. The global
-    random state is left as it was.
+    the one of the model's generation config. Temperature 0 takes the most likely token.
+
+    Each prompt has a random stream of its own, from `seed` and its place, or from its own of a
+    sequence of seeds: what is written for it does not depend on which others it is computed with,
+    at most `microbatch` rows at once (but at least one prompt's). The global random state is not
+    used.
     """
     tokens, mask = _check_prompts(prompts)
     _require(samples >= 1, f"samples must be at least 1, got {samples}")
     _require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}")
     _require(temperature >= 0, f"temperature must not be negative, got {temperature}")
+    _check_count(microbatch, "microbatch")
     _check_policy(model)
-    tokens, mask = (x.repeat_interleave(samples, 0) for x in (tokens, mask))  # (N, P)
+    seeds = _prompt_seeds(seed, len(tokens)) if isinstance(seed, int) else list(seed)
+    _require(len(seeds) == len(tokens),
+             f"seed must be one number, or one for each of the {len(tokens)} prompts")
     own = model.generation_config
     eos = own.eos_token_id if eos_token_id is None else eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -420,18 +569,37 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     # model shares its parameters and has a config of its own.
     sampler = copy.copy(model)
     sampler.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=pad)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    # torch.manual_seed would reseed every device; this reseeds, and restores, the one that samples.
-    device = tokens.device
-    with torch.random.fork_rng(devices=[device] if tokens.is_cuda else []):
-        generators = torch.cuda.default_generators if tokens.is_cuda else [torch.default_generator]
-        generators[device.index or 0].manual_seed(seed)
-        new = sampler.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens,
-                               **(how if temperature > 0 else {"do_sample": False}))
-    new = new[:, tokens.shape[1]:]
-    new = F.pad(new, (0, max_new_tokens - new.shape[1]), value=pad)  # (N, L_new)
+    parts, size = [], len(tokens) if microbatch is None else max(1, microbatch // samples)
+    for some, seen, their in zip(tokens.split(size), mask.split(size),
+                                 (seeds[i:i + size] for i in range(0, len(seeds), size))):
+        some, seen = (x.repeat_interleave(samples, 0) for x in (some, seen))  # rows of this part
+        noise = [] if temperature == 0 else [_gumbel(temperature, samples, their, tokens.device)]
+        new = sampler.generate(some, attention_mask=seen, max_new_tokens=max_new_tokens,
+                               do_sample=False, logits_processor=noise)[:, some.shape[1]:]
+        parts.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=pad))
+    new = torch.cat(parts)  # (N, L_new)
     ended = torch.isin(new, torch.tensor(eos, dtype=new.dtype, device=new.device)).long()
+    tokens, mask = (x.repeat_interleave(samples, 0) for x in (tokens, mask))  # (N, P)
     return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
+
+
+def _prompt_seeds(seed, n):
+    """A seed for each of n prompts: hashed, since streams of neighbouring seeds may be alike."""
+    return [random.Random(f"{seed} {place}").getrandbits(63) for place in range(n)]
+
+
+def _gumbel(temperature, samples, seeds, device):
+    """Turns the choice of the largest logit into a sample from softmax(logits / temperature):
+    argmax_j (logit_j / temperature - log e_j), where the e_j are exponential (Gumbel-max)."""
+    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def perturbed(_, logits):  # (rows, V)
+        noise = torch.empty_like(logits)
+        for rows, stream in zip(noise.split(samples), streams, strict=True):
+            rows.exponential_(generator=stream)
+        return logits / temperature - noise.log()
+
+    return perturbed
 
 
 class TokenLogProbs(NamedTuple):
@@ -579,7 +747,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
 
 
 class StepResult(NamedTuple):
-    """What one `dpg_step` saw."""
+    """What one `dpg_step` saw, of all processes together."""
 
     rollouts: Rollouts
     attribution: Attribution
@@ -589,35 +757,69 @@ class StepResult(NamedTuple):
 
 
 def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts,
-             reward: Callable[[Examples], Attribution], *, samples: int, max_new_tokens: int,
-             start: int, seed: int, temperature: float = 1.0, group_size: int | None = None,
-             baseline: str = "none", scale: bool = False, discount: float | None = None,
-             entropy_coef: float = 0.0, kl_coef: float = 0.0,
-             reference: nn.Module | None = None) -> StepResult:
+             encode: Callable[[Rollouts], Examples], reward: Callable[[Examples], Attribution], *,
+             samples: int, max_new_tokens: int, seed: int, temperature: float = 1.0,
+             group_size: int | None = None, baseline: str = "none", scale: bool = False,
+             discount: float | None = None, entropy_coef: float = 0.0, kl_coef: float = 0.0,
+             reference: nn.Module | None = None, microbatch: int | None = None,
+             group: "dist.ProcessGroup | None" = None) -> StepResult:
     """One iteration of Algorithm 1: write a dataset, train on it, attribute, improve the writer.
 
-    `reward` maps the dataset to an object with `.tau`: for DPG, `metagradient` with its other
-    arguments bound (functools.partial). `start` is the token that begins a training row. `policy`
-    and `policy_optimizer` are changed in place; all else is as in the functions called.
+    `encode` makes the target's training rows of what was written: `Rollouts.examples` with a start
+    token where the models share a tokenizer, or text encoded anew (then credit is per example).
+    `reward` maps these to an object with `.tau`: for DPG, `metagradient` with its other arguments
+    bound (functools.partial). `policy` and `policy_optimizer` are changed in place; all else is as
+    in the functions called.
+
+    With a process `group` each process calls this with the same arguments (and `reward` bound to
+    the group): it writes for every K-th prompt, attributes its own rows, and all make the same
+    update from all rewards.
     """
-    rollouts = generate(policy, prompts, samples=samples, max_new_tokens=max_new_tokens,
-                        temperature=temperature, seed=seed)  # D ~ pi_theta
-    attribution = reward(rollouts.examples(start))  # tau = d Phi(A(w, D)) / d w
+    share = slice(None)
+    if group is not None:
+        share = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    tokens, mask = _check_prompts(prompts)
+    _check_shares(len(tokens), group)
+    rollouts = generate(policy, (tokens[share], mask[share]), samples=samples,
+                        max_new_tokens=max_new_tokens, temperature=temperature,
+                        seed=_prompt_seeds(seed, len(tokens))[share],
+                        microbatch=microbatch)  # D ~ pi_theta
+    attribution = reward(encode(rollouts))  # tau = d Phi(A(w, D)) / d w
+    every = Rollouts(*(_gather(x, samples, group) for x in rollouts))
+    attribution = attribution._replace(tau=_gather(attribution.tau, samples, group))
     tau = attribution.tau
     if tau.ndim == 2:
         tau = tau[:, 1:]  # the start token is no action
-    credit = advantages(tau, rollouts.mask, group_size=group_size, baseline=baseline, scale=scale,
+    credit = advantages(tau, every.mask, group_size=group_size, baseline=baseline, scale=scale,
                         discount=discount)
+    mine = credit.unflatten(0, (-1, samples))[share].flatten(0, 1)
     policy_optimizer.zero_grad()
-    log_probs, entropy, kl = token_log_probs(policy, rollouts, temperature=temperature,
-                                             entropy=True, reference=reference)
-    loss = policy_gradient_loss(log_probs, credit, rollouts.mask, entropy=entropy,
-                                entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef)
-    loss.backward()
+    totals = tau.new_zeros(3)  # of entropy, KL, tokens
+    size = microbatch or len(mine)
+    for rows in zip(*(x.split(size) for x in rollouts), mine.split(size)):
+        part, part_credit = Rollouts(*rows[:-1]), rows[-1]
+        log_probs, entropy, kl = token_log_probs(policy, part, temperature=temperature,
+                                                 entropy=True, reference=reference)
+        loss = policy_gradient_loss(log_probs, part_credit, part.mask, entropy=entropy,
+                                    entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef)
+        (loss * len(part_credit) / len(credit)).backward()
+        totals += torch.stack([entropy.sum(), kl.sum() if kl is not None else entropy.sum() * math.nan,
+                               part.mask.sum()]).detach()
+    if group is not None:
+        for x in (totals, *(p.grad for p in policy.parameters() if p.grad is not None)):
+            dist.all_reduce(x, group=group)
     policy_optimizer.step()
-    count = rollouts.mask.sum()
-    return StepResult(rollouts, attribution, credit, (entropy.sum() / count).item(),
-                      math.nan if kl is None else (kl.sum() / count).item())
+    entropy, kl = (totals[:2] / totals[2]).tolist()
+    return StepResult(every, attribution, credit, entropy, kl)
+
+
+def _gather(x, samples, group):
+    """The rows of all processes, process r having those of prompts r, r + K, r + 2K ..."""
+    if group is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack([part.unflatten(0, (-1, samples)) for part in parts], 1).flatten(0, 2)
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -655,8 +857,24 @@ def _check_examples(examples, name):
     _require(not empty, f"{name}.mask has no label in rows {empty[:5]}")
 
 
-def _check_run(model, examples, steps):
+def _check_count(value, name):
+    _require(value is None or isinstance(value, int) and value >= 1,
+             f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+def _check_shares(n, group):
+    world = 1 if group is None else dist.get_world_size(group)
+    _require(n % world == 0, f"prompts must be a multiple of the {world} processes, got {n}")
+
+
+def _check_run(model, examples, steps, microbatch=None, group=None):
     _check_examples(examples, "examples")
+    _check_count(microbatch, "microbatch")
+    if group is not None:
+        shapes = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shapes, tuple(examples.tokens.shape), group=group)
+        _require(len(set(shapes)) == 1,
+                 f"examples must have one shape on all processes, got {sorted(set(shapes))}")
     n = examples.tokens.shape[0]
     _require(isinstance(steps, int) and steps >= 1 and n % steps == 0,
              f"steps must be a positive divisor of the number of examples, {n}; got {steps}")

@@ -592,9 +592,10 @@ def test_6_a_step_is_its_parts():
     policy, twin, reference = gpt2(3, seed=3), gpt2(3, seed=3), gpt2(3, seed=4)
     prompts, how = prompts_of([1], [2, 1, 1]), dict(samples=4, max_new_tokens=2, seed=5)
     reward = partial(metagradient, TARGET, metric=LIKELIHOOD, optimizer=SGD(0.3), per_token=True)
+    encode = partial(Rollouts.examples, start=START)
     sum(p.sum() for p in policy.parameters()).backward()  # old gradients must not count
-    result = dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.5), prompts, reward,
-                      start=START, temperature=0.8, group_size=4, baseline="loo", scale=True,
+    result = dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.5), prompts, encode, reward,
+                      temperature=0.8, group_size=4, baseline="loo", scale=True,
                       discount=0.5, entropy_coef=0.1, kl_coef=0.2, reference=reference, **how)
     rollouts = generate(twin, prompts, temperature=0.8, **how)
     assert torch.equal(rollouts.tokens, result.rollouts.tokens)
@@ -780,7 +781,7 @@ def test_9_the_first_step_spends_no_hessian_vector_product(method):
     one, two, three = map(operations, (1, 2, 3))
     print(f"\n{method}: floating-point operations of T = 2, 3 over T = 1: {two / one:.2f}, "
           f"{three / one:.2f}")
-    assert two - one > 1.6 * one and three - two == two - one
+    assert two - one > 1.4 * one and three - two == two - one
 
 
 def fused():
@@ -1023,6 +1024,7 @@ def test_11_uuid_as_a_person_runs_it(person):
     ("uuid", ()), ("uuid", ("--inner", "sgd")), ("uuid", ("--reward", "naive")),
     ("uuid", ("--reward", "shuffled")), ("uuid", ("--target", str(ROOT / "demos/tiny-lm"))),
     ("sixty_seven", ()), ("sixty_seven", ("--inner-steps", "3")),
+    ("uuid", ("--credit", "example", "--baseline", "group", "--reward", "shuffled")),
     ("sixty_seven", ("--inner", "sgd", "--temperature", "1")),
     ("sixty_seven", ("--reward", "naive", "--inner-steps", "2")), ("qr_code", ("--text", "DPG")),
     ("l2_norm", ()), ("l2_norm", ("--inner-steps", "2")), ("l2_norm", ("--reward", "naive")),

@@ -59,6 +59,11 @@ def parser(file, doc, *, steps, target):
     p.add_argument("--reward", choices=("dpg", "naive", "shuffled"), default="dpg",
                    help="dpg, or a control: naive is Phi itself, shuffled is dpg's tau permuted")
     p.add_argument("--inner", choices=("adam", "sgd"), default="adam", help="A's optimizer")
+    p.add_argument("--credit", choices=("token", "example"), default="token",
+                   help="what earns a reward of its own (the paper: example; default token)")
+    p.add_argument("--baseline", choices=("batch", "group"), default="batch",
+                   help="whose mean reward is subtracted: that of the minibatch, or that of the "
+                   "samples of one prompt (the paper: group; default batch)")
     return p
 
 
@@ -204,6 +209,10 @@ class Lab:
         return self.prompts([corpus.render(frame, "en", self.rng)
                              for frame in corpus.frames(self.rng, n)])
 
+    def encode(self, rollouts):
+        """Rollouts as training rows of the target."""
+        return rollouts.examples(self.start)
+
     def texts(self, rollouts):
         """What was written, without the end-of-text."""
         return [self.tokenizer.decode(row[mask.bool()], skip_special_tokens=True)
@@ -239,8 +248,9 @@ class Lab:
 
     def reward(self, metric, optimizer, steps):
         """Examples to rewards, as --reward asks, and the form of credit that goes with it."""
-        attribute = functools.partial(dpg.metagradient, self.target, metric=metric,
-                                      optimizer=optimizer, steps=steps, per_token=True)
+        attribute = functools.partial(
+            dpg.metagradient, self.target, metric=metric, optimizer=optimizer, steps=steps,
+            per_token=self.args.credit == "token")
 
         def naive(examples):
             """D_g is the g-th sample of every prompt; all of D_g earn Phi(A(D_g))."""
@@ -254,11 +264,12 @@ class Lab:
             return dpg.Attribution(tau, phi.mean().item(), {}, phi.new_zeros(0))
 
         def shuffled(examples):
-            """DPG's tau, dealt out again at random among the label positions."""
-            result, labels = attribute(examples), examples.mask.bool()
-            order = torch.randperm(int(labels.sum()), generator=self.shuffle).to(self.device)
+            """DPG's tau, dealt out again at random among the labels, or the examples."""
+            result = attribute(examples)
             tau = result.tau.clone()
-            tau[labels] = tau[labels][order]
+            dealt = examples.mask.bool() if tau.ndim == 2 else torch.ones_like(tau).bool()
+            order = torch.randperm(int(dealt.sum()), generator=self.shuffle).to(self.device)
+            tau[dealt] = tau[dealt][order]
             return result._replace(tau=tau)
 
         self.shuffle = torch.Generator().manual_seed(self.args.seed)
@@ -277,16 +288,17 @@ class Lab:
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
-        history = []
+        history, naive = [], self.args.reward == "naive"
+        rows = prompts * SAMPLES // steps if self.args.baseline == "batch" else SAMPLES
         with open(self.folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as log:
             for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
                 result = dpg.dpg_step(
-                    self.policy, optimizer, self.training_prompts(prompts), reward, samples=SAMPLES,
-                    max_new_tokens=max_new_tokens, start=self.start, seed=self.seed(step),
+                    self.policy, optimizer, self.training_prompts(prompts), self.encode, reward,
+                    samples=SAMPLES, max_new_tokens=max_new_tokens, seed=self.seed(step),
                     temperature=temperature,
-                    group_size=None if self.args.reward == "naive" else prompts * SAMPLES // steps,
-                    discount=None if self.args.reward == "naive" else discount, baseline="mean",
-                    scale=True, kl_coef=kl_coef, reference=self.reference,
+                    group_size=None if naive else rows,  # naive: Phi is one value for all of D_g
+                    discount=None if naive or self.args.credit == "example" else discount,
+                    baseline="mean", scale=True, kl_coef=kl_coef, reference=self.reference,
                     entropy_coef=entropy_coef)
                 decay.step()
                 history.append({"step": step, "phi": result.attribution.metric, **observe(result),
