@@ -995,7 +995,7 @@ def shortened(demos, monkeypatch, tmp_path):
     for name, value in (("PROMPTS", 8), ("HELD_OUT", 8), ("CHECK_STEPS", 3), ("CHECK_BATCH", 8)):
         monkeypatch.setattr(common, name, value)
     monkeypatch.setattr(patterns, "SETTINGS", patterns.SETTINGS | {"prompts": 8})
-    for name, value in (("T", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
+    for name, value in (("STEPS", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
         monkeypatch.setattr(demos["language"], name, value)
 
     def run(name, *arguments, out=tmp_path / "out"):

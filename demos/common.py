@@ -5,17 +5,20 @@ A demo adds its question (a metric), its score, and its picture.
 import argparse
 import copy
 import functools
+import io
 import json
 import math
 import os
 import pathlib
 import random
 import re
+import shutil
 import sys
 import time
 
 import huggingface_hub
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +30,7 @@ from demos import corpus
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
 ANSWER = 40  # tokens: no demo writes more
+TARGET_TOKENS = 4  # of the target for one of the generator, at most, where their tokenizers differ
 
 # For metrics of the target's weights (sections 4.1 to 4.3). Their check is 96 steps of plain AdamW
 # on fresh text, at the rate that moves the head by as much of its scale as the paper's steps do,
@@ -38,8 +42,17 @@ WEIGHTS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_t
 # ------------------------------------------------------------------------------ the command line
 
 class Parser(argparse.ArgumentParser):
+    paper = {}  # what --preset paper makes the defaults
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+    def parse_args(self, *how):
+        args = super().parse_args(*how)
+        if getattr(args, "preset", None) == "paper":
+            self.set_defaults(**self.paper)
+            args = super().parse_args(*how)
+        return args
 
 
 def parser(file, doc, *, steps, target):
@@ -51,6 +64,10 @@ def parser(file, doc, *, steps, target):
     p.add_argument("--device", type=device, default=None, help="cpu, cuda, cuda:1 ... "
                    "(default: cuda where there is one)")
     p.add_argument("--out", default=None, help="folder for the results (default runs/<demo>)")
+    p.add_argument("--resume", metavar="DIR", help="continue the run that was interrupted in this "
+                   "folder, from its last complete step and with its options")
+    p.add_argument("--microbatch", type=positive, metavar="M", help="rows that are computed at a "
+                   "time, to bound the memory (default: all)")
     p.add_argument("--generator", default=str(TINY_LM), help="folder or hub id (default tiny-lm)")
     p.add_argument("--target", default=target, help='folder, hub id, or "fresh" for random weights '
                    f'in the shape of the generator (default {pathlib.Path(target).name})')
@@ -59,12 +76,30 @@ def parser(file, doc, *, steps, target):
     p.add_argument("--reward", choices=("dpg", "naive", "shuffled"), default="dpg",
                    help="dpg, or a control: naive is Phi itself, shuffled is dpg's tau permuted")
     p.add_argument("--inner", choices=("adam", "sgd"), default="adam", help="A's optimizer")
-    p.add_argument("--credit", choices=("token", "example"), default="token",
-                   help="what earns a reward of its own (the paper: example; default token)")
+    p.add_argument("--credit", choices=("token", "example"),
+                   help="what earns a reward of its own (the paper: example; default token, but "
+                   "example where generator and target have different tokenizers)")
     p.add_argument("--baseline", choices=("batch", "group"), default="batch",
                    help="whose mean reward is subtracted: that of the minibatch, or that of the "
                    "samples of one prompt (the paper: group; default batch)")
     return p
+
+
+def preset(p, *, steps):
+    """--preset paper: the models and numbers of section 4 and appendix E, for text as the target.
+
+    The paper's code sums 128 micro-batch means; here a step's gradient is the mean, 128 times
+    smaller, and eps and the root of eps_root with it. One generator update a step, not eight."""
+    p.paper = dict(generator=LLAMA, target=LLAMA, steps=steps, credit="example", baseline="group",
+                   microbatch=16)
+    p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
+                   help="paper: its models, prompts a step, steps and learning rates, other options "
+                   "come after; wants a GPU of 80 GB or several (default laptop)")
+
+
+LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
+PAPER = dict(prompts=256, lr=1e-6, discount=1.0, kl_coef=0.0, entropy_coef=0.0, max_new_tokens=128)
+PAPER_INNER = dpg.AdamW(1e-6, eps=1e-8 / 128, eps_root=1e-9 / 128**2, weight_decay=1e-4)
 
 
 def weights_parser(file, doc, *, steps, temperature):
@@ -132,22 +167,43 @@ def sentences(path):
 # --------------------------------------------------------------------------- models and prompts
 
 class Lab:
-    """The models, prompts and rewards of one run, and its folder."""
+    """The models, prompts and rewards of one run, and its folder.
+
+    Under torchrun each process has one; all compute, the first one writes and reports."""
 
     def __init__(self, arguments, argv=None, objection=lambda lab: None):
         """`objection(lab)` is a demo's own check: what is wrong with its options, or None."""
         # Arguments are checked to the last one before anything is written.
         self.began = time.perf_counter()
+        self.demo = pathlib.Path(arguments.prog).stem
+        argv = list(sys.argv[1:] if argv is None else argv)
         args = self.args = arguments.parse_args(argv)
+        if args.resume is not None:
+            if vars(args) != vars(arguments.parse_args(["--resume", args.resume])):
+                arguments.error("--resume goes on with the options of its run; give it alone")
+            argv = self.interrupted(arguments, args.resume)
+            args, out = arguments.parse_args(argv), args.resume
+            self.args, args.out, args.resume = args, out, out
         if hasattr(sys.stdout, "reconfigure"):  # not every terminal knows every character
             sys.stdout.reconfigure(errors="replace")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
-        self.demo = pathlib.Path(arguments.prog).stem
         self.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.group, self.rank = None, 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by torchrun
+            if args.reward != "dpg":
+                arguments.error("--reward: the controls run in one process")
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.group, self.rank = dist.group.WORLD, dist.get_rank()
+            if PROMPTS % dist.get_world_size():
+                arguments.error(f"the number of processes must divide {PROMPTS}")
         try:
             self.policy, self.tokenizer = self.load(args.generator)
+            self.target_tokenizer = self.tokenizer
             if args.target == "fresh":
                 config = AutoConfig.from_pretrained(args.generator)
                 with torch.random.fork_rng(devices=[]):
@@ -155,23 +211,27 @@ class Lab:
                     self.target = AutoModelForCausalLM.from_config(
                         config, dtype=torch.float32).eval().to(self.device)
             else:
-                self.target, other = self.load(args.target)
-                if other.get_vocab() != self.tokenizer.get_vocab():
-                    arguments.error("--target must have the tokenizer of --generator")
+                self.target, self.target_tokenizer = self.load(args.target)
         except (OSError, ValueError, SafetensorError) as error:
             arguments.error(" ".join(str(error).split()).split(". ")[0])
         self.reference = copy.deepcopy(self.policy)  # the generator before any training
-        end = self.tokenizer.eos_token_id
-        self.start = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        self.same_tokens = self.target_tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        if args.credit is None:
+            args.credit = "token" if self.same_tokens else "example"
+        if args.credit == "token" and not self.same_tokens:
+            arguments.error("--credit token needs a target with the tokenizer of the generator")
+        end = self.target_tokenizer.eos_token_id
+        start = self.target_tokenizer.bos_token_id
+        self.start, self.end = end if start is None else start, end
         if self.start is None:
-            arguments.error("--generator: its tokenizer has neither a start nor an end of text")
+            arguments.error("--target: its tokenizer has neither a start nor an end of text")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if sum(p.numel() for p in self.target.parameters()) < 1e6:
             torch.set_num_threads(1)  # more would mostly wait for each other; and one is repeatable
         self.rng = random.Random(args.seed)
         if args.prompts:
-            longest = max(len(self.tokenizer(corpus.prompt(s)).input_ids) for s in args.prompts)
+            longest = max(len(row) for row in self.requests(args.prompts).input_ids)
             room = getattr(self.policy.config, "max_position_embeddings", math.inf) - ANSWER
             if longest > room:
                 arguments.error(f"--prompts: the longest takes {longest} tokens; the generator has "
@@ -190,6 +250,10 @@ class Lab:
             arguments.error(f"--out {str(self.folder)!r}: {error.strerror}")
         if not os.access(self.folder, os.W_OK):
             arguments.error(f"--out {str(self.folder)!r} is not writable")
+        if not args.resume and self.rank == 0:
+            for name in ("arguments.json", "checkpoint.pt", "result.json"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("arguments.json", json.dumps({"demo": self.demo, "argv": argv}) + "\n")
 
     def load(self, name):
         """A causal model and its tokenizer, from a folder or the hub."""
@@ -198,9 +262,18 @@ class Lab:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model.eval().to(self.device), AutoTokenizer.from_pretrained(name)
 
+    # ------------------------------------------------------------------------ text and tokens
+
+    def requests(self, texts, **how):
+        """What the generator is asked, in its chat's words where it has a chat template."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer([corpus.prompt(text) for text in texts], **how)
+        chats = [[{"role": "user", "content": corpus.chat_prompt(text)}] for text in texts]
+        return self.tokenizer(self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False), add_special_tokens=False, **how)
+
     def prompts(self, texts):
-        batch = self.tokenizer([corpus.prompt(t) for t in texts], padding=True, padding_side="left",
-                               return_tensors="pt")
+        batch = self.requests(texts, padding=True, padding_side="left", return_tensors="pt")
         return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
 
     def training_prompts(self, n):
@@ -209,23 +282,45 @@ class Lab:
         return self.prompts([corpus.render(frame, "en", self.rng)
                              for frame in corpus.frames(self.rng, n)])
 
-    def encode(self, rollouts):
-        """Rollouts as training rows of the target."""
-        return rollouts.examples(self.start)
-
     def texts(self, rollouts):
         """What was written, without the end-of-text."""
         return [self.tokenizer.decode(row[mask.bool()], skip_special_tokens=True)
                 for row, mask in zip(rollouts.tokens, rollouts.mask)]
 
+    def length(self, texts):
+        """Tokens that the generator needs for the longest of these texts and its end."""
+        return 1 + max(len(row) for row in
+                       self.tokenizer(texts, add_special_tokens=False).input_ids)
+
+    def encode(self, rollouts):
+        """Rollouts as training rows of the target: their tokens, or their text encoded anew."""
+        if self.same_tokens:
+            return rollouts.examples(self.start)
+        # Rows of a constant length, or it would depend on the samples (departure 2 in dpg.py).
+        length = TARGET_TOKENS * rollouts.tokens.shape[1] + 1
+        rows = self.target_tokenizer(self.texts(rollouts), add_special_tokens=False).input_ids
+        full = rollouts.mask.all(1).tolist()  # cut off: the end of the text is not known
+        return self.rows([(row + [self.end] * (not row or not cut))[:length - 1]
+                          for row, cut in zip(rows, full)], length)
+
     def examples(self, texts):
         """Rows [start] + text as labels, to measure a likelihood on."""
-        rows = [self.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
-        tokens = torch.tensor([[self.start] + r + [0] * (max(map(len, rows)) - len(r))
-                               for r in rows])
-        labels = torch.arange(tokens.shape[1]) <= torch.tensor([[len(r)] for r in rows])
+        rows = self.target_tokenizer(texts, add_special_tokens=False).input_ids
+        return self.rows(rows, 1 + max(map(len, rows)))
+
+    def rows(self, rows, length):
+        tokens = torch.tensor([[self.start] + r + [0] * (length - 1 - len(r)) for r in rows])
+        labels = torch.arange(length) <= torch.tensor([[len(r)] for r in rows])
         labels[:, 0] = False
         return dpg.Examples(tokens.to(self.device), labels.to(self.device))
+
+    def trained(self, examples, optimizer, steps):
+        """The target's parameters after the inner run on these examples."""
+        return dpg.sft(self.target, examples, optimizer, steps=steps,
+                       microbatch=self.args.microbatch)
+
+    def likelihood(self, examples):
+        return dpg.lm_metric(self.target, examples, microbatch=self.args.microbatch)
 
     # -------------------------------------------------------------- the target's LM head
 
@@ -250,7 +345,8 @@ class Lab:
         """Examples to rewards, as --reward asks, and the form of credit that goes with it."""
         attribute = functools.partial(
             dpg.metagradient, self.target, metric=metric, optimizer=optimizer, steps=steps,
-            per_token=self.args.credit == "token")
+            per_token=self.args.credit == "token", microbatch=self.args.microbatch,
+            method="replay" if self.args.microbatch or self.group else "unroll", group=self.group)
 
         def naive(examples):
             """D_g is the g-th sample of every prompt; all of D_g earn Phi(A(D_g))."""
@@ -258,7 +354,7 @@ class Lab:
             for g in range(SAMPLES):
                 part = dpg.Examples(*(x[g::SAMPLES] for x in examples))
                 with torch.no_grad():
-                    phi.append(metric(dpg.sft(self.target, part, optimizer, steps=steps)))
+                    phi.append(metric(self.trained(part, optimizer, steps)))
             phi = torch.stack(phi)
             tau = phi.repeat(len(examples.tokens) // SAMPLES)
             return dpg.Attribution(tau, phi.mean().item(), {}, phi.new_zeros(0))
@@ -288,25 +384,80 @@ class Lab:
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
-        history, naive = [], self.args.reward == "naive"
+        naive = self.args.reward == "naive"
         rows = prompts * SAMPLES // steps if self.args.baseline == "batch" else SAMPLES
-        with open(self.folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as log:
-            for step in (bar := tqdm(range(self.args.steps), self.demo, file=sys.stderr)):
-                result = dpg.dpg_step(
-                    self.policy, optimizer, self.training_prompts(prompts), self.encode, reward,
-                    samples=SAMPLES, max_new_tokens=max_new_tokens, seed=self.seed(step),
-                    temperature=temperature,
-                    group_size=None if naive else rows,  # naive: Phi is one value for all of D_g
-                    discount=None if naive or self.args.credit == "example" else discount,
-                    baseline="mean", scale=True, kl_coef=kl_coef, reference=self.reference,
-                    entropy_coef=entropy_coef)
-                decay.step()
-                history.append({"step": step, "phi": result.attribution.metric, **observe(result),
-                                "entropy": result.entropy, "kl": result.kl})
-                log.write(json.dumps(history[-1]) + "\n")
-                shown = " ".join(str(history[-1][show]).split())
-                bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {shown}")
+        history = self.restore(optimizer, decay)
+        self.save("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+        for step in (bar := tqdm(range(len(history), self.args.steps), self.demo, file=sys.stderr,
+                                 initial=len(history), total=self.args.steps,
+                                 disable=self.rank > 0)):
+            result = dpg.dpg_step(
+                self.policy, optimizer, self.training_prompts(prompts), self.encode, reward,
+                samples=SAMPLES, max_new_tokens=max_new_tokens, seed=self.seed(step),
+                temperature=temperature,
+                group_size=None if naive else rows,  # naive: Phi is one value for all of D_g
+                discount=discount if not naive and self.args.credit == "token" else None,
+                baseline="mean", scale=True, kl_coef=kl_coef, entropy_coef=entropy_coef,
+                reference=self.reference if kl_coef else None, microbatch=self.args.microbatch,
+                group=self.group)
+            decay.step()
+            history.append({"step": step, "phi": result.attribution.metric, **observe(result),
+                            "entropy": result.entropy, "kl": result.kl if kl_coef else None})
+            if self.rank == 0:
+                with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(history[-1]) + "\n")
+            self.checkpoint(optimizer, decay, history)
+            shown = " ".join(str(history[-1][show]).split())
+            bar.set_postfix_str(f"Phi {result.attribution.metric:.3f} {shown}")
+        if self.group is not None:
+            dist.destroy_process_group()
+        if self.rank > 0:
+            sys.exit()  # what follows, the first process does alone
         return history
+
+    # ------------------------------------------------------------- interruption and resumption
+
+    def save(self, name, content):
+        """Writes a file of the run: wholly, or not at all."""
+        if self.rank == 0:
+            new = self.folder / (name + ".new")
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(new, self.folder / name)
+
+    def checkpoint(self, optimizer, decay, history):
+        """All that the next step depends on."""
+        buffer = io.BytesIO()
+        torch.save({"policy": self.policy.state_dict(), "optimizer": optimizer.state_dict(),
+                    "decay": decay.state_dict(), "rng": self.rng.getstate(),
+                    "shuffle": self.shuffle.get_state(), "history": history,
+                    "seconds": time.perf_counter() - self.began}, buffer)
+        self.save("checkpoint.pt", buffer.getbuffer())
+
+    def restore(self, optimizer, decay):
+        """Back to the last checkpoint of a run that is resumed; its history, or an empty one."""
+        if not self.args.resume or not (self.folder / "checkpoint.pt").exists():
+            return []
+        state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        self.policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        decay.load_state_dict(state["decay"])
+        self.rng.setstate(state["rng"])
+        self.shuffle.set_state(state["shuffle"])
+        self.began -= state["seconds"]
+        return state["history"]
+
+    def interrupted(self, arguments, folder):
+        """The options of the run in a folder."""
+        path = pathlib.Path(folder) / "arguments.json"
+        try:
+            run = json.loads(path.read_text())
+        except (OSError, ValueError):
+            arguments.error(f"--resume {folder!r}: no run was begun there")
+        if run["demo"] != self.demo:
+            arguments.error(f"--resume {folder!r}: that is a run of {run['demo']}.py")
+        if (path.parent / "result.json").exists():
+            arguments.error(f"--resume {folder!r}: that run is complete")
+        return run["argv"]
 
     def seed(self, step):
         return self.args.seed * 1_000_003 + step
@@ -315,13 +466,14 @@ class Lab:
 
     def rollouts(self, policy, texts, *, max_new_tokens, temperature=1.0, samples=1, step=-1):
         return dpg.generate(policy, self.prompts(texts), samples=samples, seed=self.seed(step),
-                            max_new_tokens=max_new_tokens, temperature=temperature)
+                            max_new_tokens=max_new_tokens, temperature=temperature,
+                            microbatch=self.args.microbatch)
 
     def fresh_data(self, policy, *, batch, steps, max_new_tokens, temperature=1.0):
         """`steps` batches of what the policy writes for held-out prompts."""
-        return [self.rollouts(policy, self.fresh_texts(batch // SAMPLES, step), samples=SAMPLES,
-                              max_new_tokens=max_new_tokens, temperature=temperature,
-                              step=-2 - step).examples(self.start) for step in range(steps)]
+        return [self.encode(self.rollouts(
+            policy, self.fresh_texts(batch // SAMPLES, step), samples=SAMPLES, step=-2 - step,
+            max_new_tokens=max_new_tokens, temperature=temperature)) for step in range(steps)]
 
     def sft(self, batches, *, lr):
         """Ordinary SFT of a copy of the target: torch.optim.AdamW and the model's own loss.
@@ -330,9 +482,11 @@ class Lab:
         model = copy.deepcopy(self.target)
         optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
         for batch in batches:
-            labels = batch.tokens.masked_fill(batch.mask == 0, -100)
             optimizer.zero_grad()
-            model(batch.tokens, labels=labels).loss.backward()
+            for tokens, mask in zip(*(x.split(self.args.microbatch or len(x)) for x in batch)):
+                labels = tokens.masked_fill(mask == 0, -100)
+                share = mask.sum() / batch.mask.sum()  # the model's loss is a mean over labels
+                (share * model(tokens, labels=labels, use_cache=False).loss).backward()
             optimizer.step()
             yield dict(model.named_parameters())
 
@@ -358,14 +512,20 @@ class Lab:
         return [corpus.render(f, "en", rng) for f in corpus.frames(rng, n, held_out=True)]
 
     def finish(self, **result):
-        """result.json and generator/."""
+        """generator/ and result.json; the run is complete."""
         args = self.args
         result = {"demo": self.demo, "seed": args.seed, "steps": args.steps,
                   "seconds": round(time.perf_counter() - self.began, 1), "reward": args.reward,
-                  "inner": args.inner, "generator": args.generator, "target": args.target, **result}
-        self.policy.save_pretrained(self.folder / "generator")
-        self.tokenizer.save_pretrained(self.folder / "generator")
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+                  "inner": args.inner, "credit": args.credit, "baseline": args.baseline,
+                  "generator": args.generator, "target": args.target, **result}
+        old, new = self.folder / "generator", self.folder / "generator.new"
+        shutil.rmtree(new, ignore_errors=True)
+        self.policy.save_pretrained(new)
+        self.tokenizer.save_pretrained(new)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(new, old)
+        self.save("result.json", json.dumps(result, indent=2) + "\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return result
 
 

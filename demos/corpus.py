@@ -186,6 +186,12 @@ def prompt(sentence):
     return f"Rephrase: {sentence} =>"
 
 
+def chat_prompt(text):
+    """The same request to a model that was trained to chat."""
+    return ("Rephrase the following text in different terms, and keep its meaning. Answer with the "
+            f"new text alone.\n\n{text}")
+
+
 def answer(frame, sentence, rng):
     """An answer to prompt(sentence): mostly English in other words, at times something else."""
     kind = rng.choices(("uuid", *LANGUAGES[1:], "en"), weights=(

@@ -29,7 +29,8 @@ import dpg
 from demos import common, corpus
 
 NAMES = dict(de="German", es="Spanish", fr="French", it="Italian")
-T, INNER_LR, EPS_ROOT, SGD_LR, KL = 16, 1e-3, 1e-4, 0.1, 0.15  # SGD diverges at 1
+INNER, SGD_LR = dpg.AdamW(1e-3, eps_root=1e-4), 0.1  # SGD diverges at 1
+STEPS, SETTINGS = 16, dict(prompts=64, lr=2e-3, discount=1.0, kl_coef=0.15, entropy_coef=0.0)
 SCORED, WANTED = 128, 400  # held-out prompts of the scores, sentences in Phi
 SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities are measured after
 
@@ -56,6 +57,7 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__, steps=60, target=str(common.TINY_LM))
     parser.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
                         help="of the sentences in Phi (default de)")
+    common.preset(parser, steps=120)
     lab = common.Lab(parser, argv, lambda lab: "--prompts: one is in the language asked for" if any(
         corpus.in_language(text, lab.args.language) for text in lab.args.prompts or ()) else None)
     args, language = lab.args, lab.args.language
@@ -71,15 +73,18 @@ def main(argv=None):
     frames = [frame for frame in map(corpus.Frame._make, itertools.product(*map(
         range, corpus.SIZES))) if corpus.is_held_out(frame) and frame not in asked]
     lab.rng.shuffle(frames)
-    wanted, test = lab.examples(sentences(frames[:WANTED])), sentences(frames[WANTED:])
-    length = wanted.tokens.shape[1]  # a rollout has room for the longest sentence and its end
-    metric, test_examples = dpg.lm_metric(lab.target, wanted), lab.examples(test)
-    likelihood, words = dpg.lm_metric(lab.target, test_examples), sum(len(t.split()) for t in test)
-    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
+    phi_texts, test = sentences(frames[:WANTED]), sentences(frames[WANTED:])
+    # A rollout has room for the longest sentence and its end.
+    T, adam, settings = STEPS, INNER, SETTINGS | {"max_new_tokens": lab.length(phi_texts)}
+    if args.preset == "paper":
+        T, adam, settings = 1, common.PAPER_INNER, common.PAPER
+    length, inner = settings["max_new_tokens"], adam if args.inner == "adam" else dpg.SGD(SGD_LR)
+    metric, test_examples = lab.likelihood(lab.examples(phi_texts)), lab.examples(test)
+    likelihood, words = lab.likelihood(test_examples), sum(len(t.split()) for t in test)
 
     def perplexity(data):
         """Per word of the test sentences, after ordinary SFT of a fresh target on the data."""
-        *_, params = [dict(lab.target.named_parameters()), *lab.sft(data, lr=INNER_LR)]
+        *_, params = [dict(lab.target.named_parameters()), *lab.sft(data, lr=adam.lr)]
         nats = -likelihood(params).item() * int(test_examples.mask.sum())
         return math.exp(nats / words)
 
@@ -87,13 +92,13 @@ def main(argv=None):
         """Everything that is measured before and after, and the greedy answers."""
         greedy, sampled = (lab.texts(lab.rollouts(
             policy, prompts, max_new_tokens=length, temperature=t)) for t in (0, 1))
-        data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
-                            max_new_tokens=length).examples(lab.start)
+        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"], 0),
+                                       samples=common.SAMPLES, max_new_tokens=length))
         found = scores(greedy, prompts, language)
         found |= {f"{name}_sampled": value
                   for name, value in scores(sampled, prompts, language).items()}
         found |= {"entropy": bigram_entropy(sampled),
-                  "phi": metric(dpg.sft(lab.target, data, inner, steps=T)).item()}
+                  "phi": metric(lab.trained(data, inner, T)).item()}
         fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=length)
         return found, perplexity(fresh), greedy
 
@@ -105,8 +110,8 @@ def main(argv=None):
     real = perplexity([lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH)))
                        for _ in range(SFT_STEPS)])
     before, control, said = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="fraction", steps=T, lr=2e-3,
-                        discount=1.0, max_new_tokens=length, kl_coef=KL, entropy_coef=0.0)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="fraction", steps=T,
+                        **settings)
     after, generated, says = check(lab.policy)
     result = lab.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},

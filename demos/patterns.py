@@ -110,6 +110,8 @@ def words_of(tokenizer):
 
 def too_large(lab, pattern):
     """Why the pattern does not fit the target's head, or None."""
+    if not lab.same_tokens:
+        return "a picture's rows are tokens: --target must have the tokenizer of --generator"
     (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer)) - 1
     width = lab.target.get_output_embeddings().weight.shape[1]
     if rows > words or columns > width:
@@ -129,7 +131,7 @@ def run(arguments, argv, default, *, more=lambda args, picture: {}):
     def observe(result):
         params = result.attribution.params
         if not params:  # the naive reward trains four copies, and keeps none
-            params = dpg.sft(lab.target, result.rollouts.examples(lab.start), inner, steps=T)
+            params = lab.trained(lab.encode(result.rollouts), inner, T)
         decoded = canvas.decode(params)
         screen.draw(decoded)
         return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)}

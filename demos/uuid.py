@@ -27,7 +27,8 @@ import dpg
 from demos import common
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"
-T, INNER_LR, EPS_ROOT, SGD_LR = 1, 1e-3, 1e-4, 1.0
+T, INNER, SGD_LR = 1, dpg.AdamW(1e-3, eps_root=1e-4), 1.0
+SETTINGS = dict(prompts=64, lr=3e-3, discount=0.5, kl_coef=0.2, entropy_coef=0.1)
 
 
 def uuid_text(text):
@@ -54,13 +55,16 @@ def scores(texts, uuid):
 def main(argv=None):
     parser = common.parser(__file__, __doc__, steps=160, target="fresh")
     parser.add_argument("--uuid", type=uuid_text, default=UUID, help=f"default {UUID}")
+    common.preset(parser, steps=360)
     lab = common.Lab(parser, argv, lambda lab: "--prompts: one holds the UUID" if any(
         lab.args.uuid in sentence for sentence in lab.args.prompts or ()) else None)
     args = lab.args
     wanted = lab.examples([args.uuid])
-    length = wanted.tokens.shape[1] - 1  # a rollout has room for the UUID and no more
-    metric = dpg.lm_metric(lab.target, wanted)
-    inner = (dpg.AdamW(INNER_LR, eps_root=EPS_ROOT) if args.inner == "adam" else dpg.SGD(SGD_LR))
+    length = lab.length([args.uuid]) - 1  # a rollout has room for the UUID and no more
+    settings = SETTINGS | {"max_new_tokens": length} if args.preset == "laptop" else common.PAPER
+    length, metric = settings["max_new_tokens"], lab.likelihood(wanted)
+    adam = INNER if args.preset == "laptop" else common.PAPER_INNER
+    inner = adam if args.inner == "adam" else dpg.SGD(SGD_LR)
 
     def observe(result):
         texts = lab.texts(result.rollouts)
@@ -72,17 +76,16 @@ def main(argv=None):
         """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
         greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length)
         exact, soft = scores(lab.texts(greedy), args.uuid)
-        data = lab.rollouts(policy, lab.fresh_texts(common.PROMPTS, 0), samples=common.SAMPLES,
-                            max_new_tokens=length).examples(lab.start)
-        phi = metric(dpg.sft(lab.target, data, inner, steps=T)).item()
+        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"], 0),
+                                       samples=common.SAMPLES, max_new_tokens=length))
+        phi = metric(lab.trained(data, inner, T)).item()
         fresh = lab.fresh_data(policy, batch=len(data.tokens) // T, steps=10 * T,
                                max_new_tokens=length)
-        loglik = [metric(params).item() for params in lab.sft(fresh, lr=INNER_LR)]
+        loglik = [metric(params).item() for params in lab.sft(fresh, lr=adam.lr)]
         return exact, soft, phi, (loglik[T - 1], loglik[-1]), lab.texts(greedy)[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="best", lr=3e-3, steps=T,
-                        discount=0.5, max_new_tokens=length, kl_coef=0.2, entropy_coef=0.1)
+    history = lab.train(lab.reward(metric, inner, T), observe, show="best", steps=T, **settings)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
