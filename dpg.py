@@ -68,6 +68,7 @@ Usage (a test runs this):
     True
 """
 
+import collections
 import copy
 import inspect
 import math
@@ -301,6 +302,7 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
     exist for so many rows at a time, and are computed again in the backward pass.
     """
     _check_examples(examples, "examples")
+    _check_padding(model, examples, "examples")
     _check_count(microbatch, "microbatch")
     count = examples.mask.sum()
 
@@ -867,8 +869,22 @@ def _check_shares(n, group):
     _require(n % world == 0, f"prompts must be a multiple of the {world} processes, got {n}")
 
 
+def _check_padding(model, examples, name):
+    """torch drops the gradient of an embedding's padding_idx. Where the head has the same weight,
+    that row moves all the same, and tau would miss what it does as an input."""
+    uses = collections.Counter(map(id, (p for _, p in model.named_parameters(
+        remove_duplicate=False))))
+    seen = examples.tokens[:, :-1][(examples.mask[:, 1:].flip(1).cumsum(1) > 0).flip(1)]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and uses[id(module.weight)] > 1:
+            _require(module.padding_idx is None or not (seen == module.padding_idx).any(),
+                     f"{name}.tokens: {module.padding_idx} is the padding_idx of model.{path}, "
+                     f"which shares its weight; set model.{path}.padding_idx = None")
+
+
 def _check_run(model, examples, steps, microbatch=None, group=None):
     _check_examples(examples, "examples")
+    _check_padding(model, examples, "examples")
     _check_count(microbatch, "microbatch")
     if group is not None:
         shapes = [None] * dist.get_world_size(group)

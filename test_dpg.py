@@ -31,6 +31,11 @@ so small that every dataset of n texts is trained on: expectations are sums, not
     for B, truncated sampling, padding that is seen: a check above fails on each
 11  demos, shortened: files, numbers, controls   same seed, same numbers; refusals: status 2
     README's and the header's examples          what they say they print
+12  micro-batches, checkpoints, host memory     unroll, all rows at once                 1e-10
+    the largest tensor over the vocabulary      one micro-batch's                        exact
+    two processes: tau, updated generator       one process                              1e-10
+    eight kinds of transformers models          central differences (float32 inside)     1e-3
+    a run that was killed, resumed              the same run, not killed                 0
 
 `pytest -s` prints what was measured: errors, slopes, variance ratios and the biases of baselines.
 """
@@ -40,21 +45,29 @@ import doctest
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import types
+import warnings
 from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 from hypothesis import Phase, given, settings, strategies as st
 from torch import nn
 from torch.autograd import grad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
@@ -68,6 +81,9 @@ settings.register_profile("dpg", derandomize=True, deadline=None, max_examples=8
 settings.load_profile("dpg")
 torch.set_num_threads(1)  # tensors this small only make threads wait for each other
 disable_progress_bar()
+with warnings.catch_warnings():  # markers are declared in files that this project does not have
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    slow = pytest.mark.slow
 
 
 # ---------------------------------------------------------------- instances and small oracles
@@ -1199,3 +1215,198 @@ def test_11_readme(tmp_path):
     assert said and done.stdout.splitlines() == said
     failures, tried = doctest.testmod(dpg)
     assert tried and not failures
+
+
+# ---------------------------------------------------------------- 12: past the laptop
+
+@given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 5]),
+       every=st.sampled_from([1, 2, 3, 9]), microbatch=st.sampled_from([None, 1, 2, 7]),
+       per_token=st.booleans(), offload=st.booleans())
+@settings(max_examples=20)
+def test_12_pieces_make_the_whole(model, seed, optimizer, steps, every, microbatch, per_token,
+                                  offload):
+    data, wanted = batch(seed, n=3 * steps), batch(seed + 50)
+    run = partial(metagradient, model, data, optimizer=optimizer, steps=steps, per_token=per_token)
+    whole = run(metric=lm_metric(model, wanted))
+    metric = lm_metric(model, wanted, microbatch=microbatch)
+    for found in (run(metric=metric, microbatch=microbatch), run(
+            metric=metric, microbatch=microbatch, method="replay", checkpoint_every=every,
+            offload=offload)):
+        close(found.tau, whole.tau, 1e-10)
+        close(found.losses, whole.losses, 1e-10)
+        close(flat(found.params), flat(whole.params), 1e-10)
+        assert abs(found.metric - whole.metric) <= 1e-10
+    close(flat(sft(model, data, optimizer, steps=steps, microbatch=microbatch)),
+          flat(whole.params), 1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """The most rows that any tensor over the vocabulary has."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == self.vocab:
+                self.rows = max(self.rows, x.numel() // self.vocab)
+        return out
+
+
+def test_12_the_vocabulary_meets_one_micro_batch_at_a_time():
+    model, policy = filled(Bare(53, 3), 0), gpt2(53, seed=1)
+    data, wanted, metric = batch(0, n=12, vocab=53), batch(9, n=12, vocab=53), None
+    rows = []
+    for microbatch in (None, 2):
+        metric = lm_metric(model, wanted, microbatch=microbatch)
+        with Largest(53) as largest:
+            metagradient(model, data, metric, AdamW(0.1, eps_root=0.1), steps=2, method="replay",
+                         microbatch=microbatch)
+        rows.append(largest.rows)
+    assert rows == [12 * 4, 2 * 4]  # the metric's rows; then a micro-batch's, L - 1 positions
+    prompts, rows = prompts_of([1, 3], [2, 1]), []
+    reward = partial(metagradient, filled(Bare(54, 3), 0), metric=lambda p: p["head.weight"].sum(),
+                     optimizer=SGD(0.1), method="replay", microbatch=2)
+    for microbatch in (None, 2):
+        with Largest(53) as largest:
+            dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts,
+                     partial(Rollouts.examples, start=53), reward, samples=6, max_new_tokens=4,
+                     seed=0, reference=policy, microbatch=microbatch)
+        rows.append(largest.rows)
+    assert rows == [12 * 4, 2 * 4]
+
+
+def test_12_what_is_written_does_not_depend_on_the_company():
+    policy, (tokens, mask) = gpt2(53, seed=3), prompts_of([1], [2, 1, 1], [3, 3])
+    draw = partial(generate, policy, samples=4, max_new_tokens=4)
+    whole = draw((tokens, mask), seed=[7, 8, 9])
+    for size in (1, 5, 8):
+        again = draw((tokens, mask), seed=[7, 8, 9], microbatch=size)
+        assert all(torch.equal(a, b) for a, b in zip(again, whole))
+    some = draw((tokens[[2, 0]], mask[[2, 0]]), seed=[9, 7])
+    assert torch.equal(some.tokens, torch.cat([whole.tokens[8:], whole.tokens[:4]]))
+    same = draw((tokens[[0, 0]], mask[[0, 0]]), seed=5)  # one prompt twice: two streams
+    assert not torch.equal(same.tokens[:4], same.tokens[4:])
+
+
+def a_step(microbatch=None, group=None):
+    """One dpg_step of a fresh policy, and its parameters after."""
+    policy, reference = gpt2(4, seed=3), gpt2(4, seed=4)
+    reward = partial(metagradient, filled(Bare(5), 5), optimizer=AdamW(0.1, eps_root=0.1), steps=2,
+                     metric=lm_metric(filled(Bare(5), 5), WANTED), per_token=True, method="replay",
+                     microbatch=microbatch, group=group)
+    result = dpg_step(policy, torch.optim.AdamW(policy.parameters(), lr=0.1),
+                      prompts_of([1], [2, 1, 1], [3, 1], [1, 1]),
+                      partial(Rollouts.examples, start=4), reward, samples=3, max_new_tokens=3,
+                      seed=5, group_size=6, baseline="loo", scale=True, discount=0.5,
+                      entropy_coef=0.1, kl_coef=0.2, reference=reference, microbatch=microbatch,
+                      group=group)
+    return result, flat(start(policy))
+
+
+def check_step(found, wanted):
+    (one, policy), (two, twin) = wanted, found
+    assert all(torch.equal(a, b) for a, b in zip(one.rollouts, two.rollouts))
+    close(two.attribution.tau, one.attribution.tau, 1e-10)
+    close(two.attribution.losses, one.attribution.losses, 1e-10)
+    close(two.advantages, one.advantages, 1e-10)
+    close(twin, policy, 1e-10)
+    assert abs(two.entropy - one.entropy) + abs(two.kl - one.kl) < 1e-10
+
+
+def test_12_a_step_in_micro_batches():
+    check_step(a_step(microbatch=2), a_step())
+
+
+def process(rank, folder):
+    """One of two: its results to a file."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    group, found = dist.group.WORLD, []
+    mine = Examples(*(x[rank::2] for x in batch(0, n=8)))  # of 4 minibatches of 2
+    for per_token, microbatch, optimizer in TWO:
+        found.append(metagradient(gpt2(), mine, lm_metric(gpt2(), batch(9)), optimizer, steps=4,
+                                  per_token=per_token, method="replay", microbatch=microbatch,
+                                  checkpoint_every=3, group=group))
+    refused = None
+    try:
+        short = Examples(*(x[:4 - rank] for x in batch(0)))
+        metagradient(gpt2(), short, lm_metric(gpt2(), batch(9)), SGD(0.1), method="replay",
+                     group=group)
+    except ValueError as error:
+        refused = str(error)
+    torch.save((found, a_step(2, group), refused), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+TWO = [(False, None, SGD(0.3)), (True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2))]
+
+
+@slow
+def test_12_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for i, (per_token, _, optimizer) in enumerate(TWO):
+        want = metagradient(gpt2(), batch(0, n=8), lm_metric(gpt2(), batch(9)), optimizer, steps=4,
+                            per_token=per_token)
+        for rank, (found, _, _) in enumerate(results):
+            close(found[i].tau, want.tau[rank::2], 1e-10)
+            close(flat(found[i].params), flat(want.params), 1e-10)
+            close(found[i].losses, want.losses, 1e-10)
+    for _, step, refused in results:
+        check_step(step, a_step())
+        assert "one shape" in refused
+
+
+REAL = [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {}),
+        ("Mistral", {"sliding_window": 4}), ("Gemma", {}),
+        ("Gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 4}),
+        ("Gemma3Text", {"sliding_window": 4, "query_pre_attn_scalar": 4})]
+
+
+@slow
+@pytest.mark.parametrize("name, options", REAL)
+def test_12_real_models(tmp_path, name, options):
+    """As loaded. Their norms and rotations compute in float32, which limits the differences."""
+    tied = {"tie_word_embeddings": False} if name in ("Llama", "Qwen2") else {}
+    config = getattr(transformers, name + "Config")(**{**dict(
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2, head_dim=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0), **tied, **options})
+    filled(transformers.AutoModelForCausalLM.from_config(config), 1, 0.3).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    model.get_input_embeddings().padding_idx = None
+    data, metric = batch(1, n=4, vocab=13), lm_metric(model, batch(51, vocab=13))
+    optimizer, ones = AdamW(0.05, (0.7, 0.9), 1e-3, 1e-2), torch.ones(4, dtype=torch.float64)
+
+    def phi(weights):
+        return metric(sft(model, data, optimizer, weights=weights, steps=2)).detach()
+
+    wanted = central(phi, ones, 1e-2)
+    for method in ("unroll", "replay"):
+        close(metagradient(model, data, metric, optimizer, steps=2, method=method).tau, wanted, 1e-3)
+    assert error(first_order(model, data, metric, optimizer, steps=2).tau, wanted) > 5e-3
+    policy = model.float()
+    rollouts = generate(policy, prompts_of([1], [2, 1, 1]), samples=2, max_new_tokens=3, seed=0)
+    alone = generate(policy, prompts_of([1]), samples=2, max_new_tokens=3,
+                     seed=dpg._prompt_seeds(0, 1))
+    assert torch.equal(rollouts.tokens[:2], alone.tokens)  # padding on the left is not seen
+    assert token_log_probs(policy, rollouts).isfinite().all()
+
+
+def test_12_a_padding_row_that_the_head_shares_is_refused():
+    for tied in (True, False):
+        model = gpt2(tied=tied)
+        model.transformer.wte.padding_idx = 2
+        data = batch(0)
+        data.tokens[0, 1:3], data.mask[0] = 2, torch.tensor([0, 1, 1, 0, 0])
+        if tied:
+            with pytest.raises(ValueError, match="padding_idx of model.transformer.wte"):
+                sft(model, data, SGD(0.1))
+            with pytest.raises(ValueError, match="padding_idx = None"):
+                lm_metric(model, data)
+        metric = linear(model)
+        data.tokens.clamp_(max=1)
+        data.tokens[0, 2:] = 2  # a label, and padding after it: harmless
+        check_differences(metagradient, model, data, metric, SGD(0.3), 2)

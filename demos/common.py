@@ -260,6 +260,7 @@ class Lab:
         if not pathlib.Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             raise OSError(f"there is no model folder {name!r} (a hub id is owner/name)")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model.get_input_embeddings().padding_idx = None  # its gradient would be dropped
         return model.eval().to(self.device), AutoTokenizer.from_pretrained(name)
 
     # ------------------------------------------------------------------------ text and tokens
