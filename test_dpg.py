@@ -59,6 +59,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -1010,7 +1011,9 @@ def shortened(demos, monkeypatch, tmp_path):
     common, patterns = demos["uuid"].common, demos["qr_code"].patterns
     for name, value in (("PROMPTS", 8), ("HELD_OUT", 8), ("CHECK_STEPS", 3), ("CHECK_BATCH", 8)):
         monkeypatch.setattr(common, name, value)
-    monkeypatch.setattr(patterns, "SETTINGS", patterns.SETTINGS | {"prompts": 8})
+    for module in (patterns, demos["uuid"], demos["language"]):
+        monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | {"prompts": 8})
+    monkeypatch.setattr(common, "PAPER", common.PAPER | {"prompts": 8, "max_new_tokens": 37})
     for name, value in (("STEPS", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
         monkeypatch.setattr(demos["language"], name, value)
 
@@ -1410,3 +1413,164 @@ def test_12_a_padding_row_that_the_head_shares_is_refused():
         data.tokens.clamp_(max=1)
         data.tokens[0, 2:] = 2  # a label, and padding after it: harmless
         check_differences(metagradient, model, data, metric, SGD(0.3), 2)
+
+
+def rows_of(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import test_dpg
+uuid = test_dpg.demo("uuid")
+uuid.common.HELD_OUT = 8
+uuid.SETTINGS = uuid.SETTINGS | {{"prompts": 8}}
+uuid.main({argv!r})
+"""
+
+
+def driven(*arguments):
+    """demos/uuid.py with few prompts, in a process of its own."""
+    code = DRIVER.format(root=str(ROOT), argv=[str(argument) for argument in arguments])
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
+
+
+@slow
+def test_12_a_killed_run_resumes(tmp_path):
+    killed, whole, seen = tmp_path / "killed", tmp_path / "whole", 0
+    other = driven("--steps", 7, "--out", whole)
+    process = driven("--steps", 7, "--out", killed)
+    while seen < 2 and process.poll() is None:
+        time.sleep(0.01)
+        seen = len(rows_of(killed)) if (killed / "metrics.jsonl").exists() else 0
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "result.json").exists()
+    process.communicate()
+    with open(killed / "metrics.jsonl", "a") as log:
+        log.write('{"step": 2, "ph')  # as if it had been killed while writing
+    again = driven("--resume", killed)
+    assert again.communicate() and again.returncode == 0
+    assert other.communicate() and other.returncode == 0
+    assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 7
+    one, two = (json.loads((folder / "result.json").read_text()) for folder in (killed, whole))
+    assert one | {"seconds": 0} == two | {"seconds": 0}
+    weights = [(folder / "generator/model.safetensors").read_bytes() for folder in (killed, whole)]
+    assert weights[0] == weights[1] and not (killed / "checkpoint.pt").exists()
+    assert not [path.name for path in killed.iterdir() if path.name.endswith(".new")]
+
+
+def test_12_an_interrupted_run_resumes(shortened, demos, monkeypatch, tmp_path, capsys):
+    """The same in one process, with the state that only the shuffled control has."""
+    how, wanted = ("--steps", "4", "--reward", "shuffled"), shortened(
+        "uuid", "--steps", "4", "--reward", "shuffled", out=tmp_path / "whole")
+    save, folder = demos["uuid"].common.Lab.checkpoint, tmp_path / "out"
+
+    def stop(lab, optimizer, decay, history):
+        if len(history) == 3:  # the metrics of step 2 are written, its checkpoint is not
+            raise KeyboardInterrupt
+        save(lab, optimizer, decay, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demos["uuid"].common.Lab, "checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            demos["uuid"].main([*how, "--out", str(folder)])
+    for name, arguments, why in (
+            ("l2_norm", ("--resume", str(folder)), "a run of uuid.py"),
+            ("uuid", ("--resume", str(folder), "--steps", "5"), "give it alone"),
+            ("uuid", ("--resume", str(tmp_path)), "no run was begun there")):
+        with pytest.raises(SystemExit) as refused:
+            demos[name].main(list(arguments))
+        assert refused.value.code == 2 and why in capsys.readouterr().err
+    demos["uuid"].main(["--resume", str(folder)])
+    assert [json.loads(row) for row in rows_of(folder)] == wanted[1]
+    found = json.loads((folder / "result.json").read_text())
+    assert found | {"seconds": 0} == wanted[0] | {"seconds": 0}
+    with pytest.raises(SystemExit):
+        demos["uuid"].main(["--resume", str(folder)])
+    assert "is complete" in capsys.readouterr().err
+
+
+@slow
+def test_12_torchrun(tmp_path):
+    """Two processes write what one writes."""
+    def run(folder, *launch):
+        subprocess.run([sys.executable, *launch, ROOT / "demos/uuid.py", "--steps", "2", "--out",
+                        folder], check=True, capture_output=True, cwd=tmp_path,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return [json.loads(row) for row in rows_of(tmp_path / folder)]
+
+    one, two = run("one"), run("two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert [row["best"] for row in one] == [row["best"] for row in two] and len(two) == 2
+    for a, b in zip(one, two):
+        assert a["phi"] == pytest.approx(b["phi"], abs=1e-5)
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
+    assert (tmp_path / "two/result.json").exists()
+
+
+def characters(folder):
+    """A target with a tokenizer of its own, a token for each character, and a chat template."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-äöüéñ "
+    vocabulary = {letter: i for i, letter in enumerate(["<end>", "<what>", *letters])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<what>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>",
+                                                     bos_token="<end>", unk_token="<what>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=400, n_embd=8, n_layer=1,
+                               n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return tokenizer
+
+
+def test_12_two_tokenizers(shortened, demos, tmp_path, capsys):
+    with torch.random.fork_rng(devices=[]):
+        tokenizer = characters(tmp_path / "characters")
+    common = demos["uuid"].common
+    lab = common.Lab(common.parser("demo.py", "", steps=0, target=str(tmp_path / "characters")),
+                     ["--out", str(tmp_path / "lab")])
+    texts, end = [" the king buys a book", " the cat", ""], lab.tokenizer.eos_token_id
+    ids = [lab.tokenizer(text).input_ids + [end] for text in texts]
+    width = len(ids[0]) - 1  # the first is cut off before its end
+    tokens = torch.tensor([(row + [end] * width)[:width] for row in ids])
+    mask = torch.tensor([([1] * len(row) + [0] * width)[:width] for row in ids])
+    rollouts = Rollouts(tokens, mask, tokens, mask)
+    rows = lab.encode(rollouts)
+    assert rows.tokens.shape == (3, common.TARGET_TOKENS * width + 1)  # whatever was written
+    for row, labels, text, whole in zip(*rows, texts, (False, True, True), strict=True):
+        written = row[labels.bool()].tolist()
+        assert tokenizer.decode(written, skip_special_tokens=True) == text
+        assert (written[-1] == tokenizer.eos_token_id) == whole and row[0] == lab.start
+    target = ("--target", str(tmp_path / "characters"))
+    result, metrics = shortened("uuid", *target)
+    assert result["credit"] == "example" and math.isfinite(metrics[1]["phi"])
+    for name, arguments, why in (("uuid", ("--credit", "token"), "--credit token"),
+                                 ("sixty_seven", (), "rows are tokens")):
+        with pytest.raises(SystemExit):
+            shortened(name, *target, *arguments)
+        assert why in capsys.readouterr().err
+
+
+def test_12_chats_and_the_papers_preset(shortened, demos, monkeypatch, tmp_path):
+    common = demos["uuid"].common
+    shutil.copytree(ROOT / "demos/tiny-lm", tmp_path / "chat")
+    (tmp_path / "chat/chat_template.jinja").write_text(
+        "{% for m in messages %}to {{ m.role }}: {{ m.content }}{% endfor %} answer:")
+    parser = common.parser("demo.py", "", steps=0, target="fresh")
+    lab = common.Lab(parser, ["--generator", str(tmp_path / "chat"), "--out", str(tmp_path / "a")])
+    tokens, mask = lab.prompts(["the king", "a king"])
+    said = lab.tokenizer.decode(tokens[1][mask[1].bool()], skip_special_tokens=True)
+    assert said.startswith("to user: Rephrase") and said.endswith("a king answer:")
+    assert (mask[1, 0], mask[1, -1]) == (0, 1)
+    tiny = str(ROOT / "demos/tiny-lm")
+    for name, steps in (("uuid", 360), ("language", 120)):
+        args = common.preset(found := common.parser(f"{name}.py", "", steps=1, target=tiny),
+                             steps=steps) or found.parse_args(["--preset", "paper"])
+        assert (args.steps, args.credit, args.baseline, args.generator, args.target) == (
+            steps, "example", "group", common.LLAMA, common.LLAMA)
+        result, metrics = shortened(name, "--preset", "paper", "--generator", tiny, "--target", tiny,
+                                    "--microbatch", "8", "--steps", "1")
+        assert result["credit"] == "example" and metrics[0]["kl"] is None and len(metrics) == 1
+    assert common.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)

@@ -1,12 +1,12 @@
-"""What does attribution cost, in time and memory, as multiples of the plain training it attributes?
+"""What does attribution cost, in time and memory, as a multiple of the training it attributes?
 
     python demos/benchmark.py                              # a 3.2 M parameter GPT-2, T = 1 and 16
-    python demos/benchmark.py --compare --width 64 256     # with TorchOpt and higher, two widths
+    python demos/benchmark.py --compare --width 64 256     # two widths, also TorchOpt and higher
 
-Plain SFT is an ordinary loop with torch.optim.AdamW and the model's own attention, then one look at
-the metric. All variants run in turn in every round, and the median is reported. "MB" is what the
-peak of memory rose by during one run: on a GPU of the allocator, on a CPU of a process of its own
-for each variant. "tau off" is the distance to the unroll's tau per example, relative to its norm.
+Plain SFT is an ordinary loop of torch.optim.AdamW with the model's own attention, then one look at
+the metric. Every round runs each variant once; reported is the median. MB is what one run adds to
+the peak of memory: on a GPU the allocator's, on a CPU that of a process of its own. "tau off" is
+how far tau per example is from the unroll's, relative to its norm.
 """
 import pathlib
 import sys
@@ -15,8 +15,8 @@ import sys
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import copy
+import functools
 import gc
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -37,91 +37,71 @@ import dpg
 from demos import common
 
 LR, BETAS, EPS_ROOT, METRIC_ROWS = 1e-3, (0.9, 0.95), 1e-8, 8
-PLAIN, UNROLL, OTHERS = "plain SFT", "unroll", ("torchopt", "higher")
+PLAIN, UNROLL = "plain SFT", "unroll"
 
 
 def main(argv=None):
     args = parse(argv)
-    runs, sweep = [], []
-    for width in args.width:
-        for T in args.steps:
-            runs.append(measure(args, width, T))
-    print(f"\nMemory against T, width {max(args.width)}, minibatches of the same size: MB of the run"
-          " (of these, states)")
-    most = max(args.steps)
+    runs = [measure(args, width, T) for width in args.width for T in args.steps]
+    most, width, sweep = max(args.steps), args.width[-1], []
+    print(f"\nMB against T, at width {width} and {args.examples // most} rows a step; of these, "
+          "the stored states")
     for T in sorted({most // d for d in (8, 4, 2, 1) if most % d == 0}):
-        names = [name for name in variants(args, T) if name == UNROLL or name.startswith("replay")]
-        sizes = {name: peak(args, max(args.width), args.examples // most * T, T, name)
-                 for name in names}
-        states = {name: stored(name, T) * 16 * runs[-1]["parameters"] / 1e6 for name in names}
-        sweep.append({"steps": T, "MB": sizes, "states_MB": states})
-        print(f"  T = {T:<3} " + "   ".join(f"{name} {sizes[name]:.0f} ({states[name]:.0f})"
-                                            for name in names))
+        for name in spacings(args, T):
+            row = {"steps": T, "variant": name, "states_MB":
+                   states(spacings(args, T)[name], T) * runs[-1]["parameters"] * 4 / 1e6,
+                   "MB": peak(args, width, args.examples // most * T, T, name)}
+            print(f"  T = {T:<4} {name:20} {row['MB']:8.0f} {row['states_MB']:8.0f}")
+            sweep.append(row)
     print()
     for run in runs:
-        costs = [f"{row['time_ratio']:.2f} times with {row['variant']}" for row in run["variants"]
-                 if row["variant"] == UNROLL or row["variant"].startswith("replay")]
-        print(f"Width {run['width']}, T = {run['steps']}: attribution of a run takes its SFT's time "
-              + ", ".join(costs))
-    report = {"torch": torch.__version__, "device": device_name(args.device),
-              "threads": torch.get_num_threads(),
-              **{k: v for k, v in vars(args).items() if k not in ("device", "out")},
-              "runs": runs, "memory_against_T": sweep}
-    (args.out / "result.json").write_text(json.dumps(report, indent=2) + "\n")
+        costs = (f"{row['time_ratio']:.2f} x with {row['variant']}" for row in run["variants"]
+                 if row["variant"] in spacings(args, run["steps"]))
+        print(f"width {run['width']}, T = {run['steps']}: attribution of a run takes its SFT's "
+              f"time {', '.join(costs)}")
+    report = vars(args) | {"torch": torch.__version__, "device": device_name(args.device),
+                           "threads": torch.get_num_threads(), "runs": runs, "sweep": sweep}
+    (args.out / "result.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
     draw(runs, sweep, args.out / "figure.png")
     print(f"files       {args.out}/")
 
 
 def parse(argv):
-    p = common.Parser(description=__doc__)
+    p = common.Parser(description=__doc__, formatter_class=common.argparse.RawTextHelpFormatter)
     for name, default, what in (
-            ("width", [256], "of the model, several at will; a head has 64"),
-            ("steps", [1, 16], "T, several at will; each divides --examples"),
-            ("checkpoint-every", [1, 4], "the replay's spacing of stored states, several at will")):
-        p.add_argument(f"--{name}", type=common.positive, nargs="+", default=default,
-                       help=f"{what} (default {' '.join(map(str, default))})")
-    for name, default, what in (
-            ("layers", 4, "of the model"), ("vocabulary", 80, "its number of tokens"),
-            ("length", 64, "of an example, in tokens"), ("examples", 128, "N"),
-            ("repeats", 5, "rounds to take the median of"),
-            ("microbatch", None, "rows that a replay has in memory at once")):
-        p.add_argument(f"--{name}", type=common.positive, default=default,
-                       help=f"{what} (default {default or 'all'})")
+            ("width", [256], "of the model: one or several, up to 64 or multiples of 64"),
+            ("steps", [1, 16], "T: one or several, divisors of --examples"),
+            ("checkpoint-every", [1, 4], "k: the replay stores every k-th state; one or several"),
+            ("layers", 4, "of the model"), ("vocabulary", 80, "tokens that it knows"),
+            ("length", 64, "tokens of an example"), ("examples", 128, "N"),
+            ("repeats", 5, "measured rounds"), ("microbatch", None, "rows that a replay holds")):
+        many = isinstance(default, list)
+        shown = " ".join(map(str, default)) if many else default or "all"
+        p.add_argument(f"--{name}", type=common.positive, nargs="+" if many else None,
+                       default=default, help=f"{what} (default {shown})")
     p.add_argument("--device", type=common.device, help="(default: cuda where there is one)")
     p.add_argument("--compare", action="store_true", help="add the unrolls of TorchOpt and higher")
-    p.add_argument("--out", default="runs/benchmark", help="folder (default %(default)s)")
+    p.add_argument("--out", type=pathlib.Path, default="runs/benchmark", help="folder (%(default)s)")
     p.add_argument("--seed", type=common.seed, default=0, help="(default 0)")
     args = p.parse_args(argv)
-    for T in args.steps:
-        if args.examples % T:
-            p.error(f"--steps {T} does not divide --examples {args.examples}")
-    for width in args.width:
-        if width % heads(width):
-            p.error(f"--width {width} does not divide into {heads(width)} heads")
-    if min(args.length, args.vocabulary) < 2:
-        p.error("--length and --vocabulary must be at least 2")
+    for wrong, message in (
+            (any(args.examples % T for T in args.steps), "--steps must divide --examples"),
+            (any(w > 64 and w % 64 for w in args.width), "--width over 64 must be multiples of it"),
+            (min(args.length, args.vocabulary) < 2, "--length and --vocabulary start at 2")):
+        if wrong:
+            p.error(message)
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.out = pathlib.Path(args.out)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "result.json").touch()  # now, not after minutes of measuring
-    except OSError as error:
-        p.error(f"--out {str(args.out)!r}: {error.strerror}")
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    found = [name for name in OTHERS if importlib.util.find_spec(name)] if args.compare else []
-    for name in OTHERS if args.compare else ():
-        if name not in found:
-            print(f"{name} is not installed, and left out (pip install {name})")
-    args.compare = found
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "result.json").touch()  # fail now, not after minutes of measuring
+    except OSError as error:
+        p.error(f"--out {str(args.out)!r}: {error.strerror}")
     return args
 
 
 # ----------------------------------------------------------------- the problem, and ways through it
-
-def heads(width):
-    return max(1, width // 64)
-
 
 def problem(args, width, n, **changed):
     """A model, n examples and a metric."""
@@ -129,49 +109,60 @@ def problem(args, width, n, **changed):
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=o["vocabulary"], n_positions=o["length"], n_embd=width, n_layer=o["layers"],
-        n_head=heads(width), resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
+        n_head=max(1, width // 64), resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
         eos_token_id=0)).eval().to(args.device)
     tokens = torch.randint(o["vocabulary"], (n + METRIC_ROWS, o["length"])).to(args.device)
     mask = torch.ones_like(tokens)
     mask[:, 0] = 0
-    return (model, dpg.Examples(tokens[:n], mask[:n]),
-            dpg.lm_metric(model, dpg.Examples(tokens[n:], mask[n:])))
+    wanted = dpg.Examples(tokens[n:], mask[n:])
+    return model, dpg.Examples(tokens[:n], mask[:n]), dpg.lm_metric(model, wanted)
+
+
+def spacings(args, T):
+    """The names of the unroll (None) and of the replays, with their k; from T on these are one."""
+    every = [k for k in args.checkpoint_every if k < T or k == min(args.checkpoint_every)]
+    return {UNROLL: None} | {f"replay, k = {k}": k for k in every}
+
+
+def states(k, T):
+    """In parameters, what a replay stores: every k-th state, and one stretch of k; each holds the
+    parameters, two moments and the gradient."""
+    return 0 if k is None else 4 * (math.ceil(T / k) - 1 + min(k, T))
 
 
 def variants(args, T):
-    """Functions of a problem by name; all but plain SFT return tau."""
-    def attribution(**options):
+    """Functions of a problem, by name; all but plain SFT return tau per example."""
+    def attribution(*at, **options):
         optimizer = dpg.AdamW(LR, BETAS, eps_root=EPS_ROOT)
-        return lambda *at: dpg.metagradient(*at, optimizer, steps=T, **options).tau
+        tau = dpg.metagradient(*at, optimizer, steps=T, **options).tau
+        return tau.sum(1) if tau.ndim == 2 else tau
 
-    found = {PLAIN: lambda *at: plain(T, *at), UNROLL: attribution(),
-             f"{UNROLL}, per token": attribution(per_token=True)}
-    for every in sorted({min(every, T) for every in args.checkpoint_every}):
-        found[f"replay, k = {every}"] = attribution(
-            method="replay", checkpoint_every=every, microbatch=args.microbatch)
-    others = {"torchopt": with_torchopt, "higher": with_higher}
-    return found | {name: lambda *at, run=others[name]: run(T, *at) for name in args.compare}
-
-
-def stored(name, T):
-    """How many states a variant holds at most: one every k steps, and the k of one stretch."""
-    every = int(name.rpartition("= ")[2]) if name.startswith("replay") else 0
-    return every and math.ceil(T / every) - 1 + every
+    partial = functools.partial
+    found = {PLAIN: partial(plain, T), UNROLL: attribution,
+             f"{UNROLL}, per token": partial(attribution, per_token=True)}
+    for name, k in spacings(args, T).items():
+        if k is not None:
+            found[name] = partial(attribution, method="replay", checkpoint_every=k,
+                                  microbatch=args.microbatch)
+    return found | ({"TorchOpt": partial(with_torchopt, T), "higher": partial(with_higher, T)}
+                    if args.compare else {})
 
 
 def plain(T, model, examples, metric):
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, weight_decay=0)
     for rows in examples.tokens.chunk(T):
-        logits = model(rows[:, :-1], use_cache=False).logits
         optimizer.zero_grad()
+        logits = model(rows[:, :-1], use_cache=False).logits
         F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
         optimizer.step()
     with torch.no_grad():
         metric(dict(model.named_parameters()))
 
 
-def weighted_loss(logits, rows, weights):
+def weighted_loss(call, rows, weights):
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
+        logits = call(rows[:, :-1]).logits
     nll = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     return (weights[:, None] * nll.view(len(rows), -1)).sum() / rows.numel()
 
@@ -183,71 +174,62 @@ def with_torchopt(T, model, examples, metric):
     optimizer = torchopt.adam(LR, betas=BETAS, eps_root=EPS_ROOT)
     state = optimizer.init(params)
     for rows, w in zip(examples.tokens.chunk(T), weights.chunk(T)):
-        with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
-            out = functional_call(model, params, (rows[:, :-1],), {"use_cache": False})
-        grads = torch.autograd.grad(weighted_loss(out.logits, rows, w), list(params.values()),
-                                    create_graph=True)
+        loss = weighted_loss(lambda x: functional_call(model, params, x, {"use_cache": False}),
+                             rows, w)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         updates, state = optimizer.update(dict(zip(params, grads)), state, inplace=False)
         params = torchopt.apply_updates(params, updates, inplace=False)
     return torch.autograd.grad(metric(params), weights)[0]
 
 
 def with_higher(T, model, examples, metric):
-    """Its Adam has no eps_root: as much work, but another tau."""
+    """Its Adam has no eps_root: the same work, to within a few operations, but another tau."""
     import higher
     weights = torch.ones(len(examples.tokens), device=examples.tokens.device, requires_grad=True)
-    optimizer = torch.optim.Adam(model.parameters(), LR, BETAS)
+    names, optimizer = dict(model.named_parameters()), torch.optim.Adam(model.parameters(), LR, BETAS)
     with higher.innerloop_ctx(model, optimizer, copy_initial_weights=True) as (patched, inner):
         for rows, w in zip(examples.tokens.chunk(T), weights.chunk(T)):
-            with sdpa_kernel(SDPBackend.MATH):
-                out = patched(rows[:, :-1], use_cache=False)
-            inner.step(weighted_loss(out.logits, rows, w))
-        names = [name for name, _ in model.named_parameters()]
+            inner.step(weighted_loss(functools.partial(patched, use_cache=False), rows, w))
         return torch.autograd.grad(metric(dict(zip(names, patched.fast_params))), weights)[0]
 
 
 # ------------------------------------------------------------------------------------- measurements
 
 def measure(args, width, T):
-    """One table: seconds, memory and tau of every variant."""
-    at, ways = problem(args, width, args.examples), variants(args, T)
-    parameters = sum(p.numel() for p in at[0].parameters())
-    print(f"\nWidth {width}, {parameters / 1e6:.1f} M parameters; T = {T} steps of "
-          f"{args.examples // T} rows of {args.length} tokens; {device_name(args.device)}")
-    taus, times = {}, {}
-    for name in list(ways):  # not measured: the first run of each is slower
+    """The seconds, memory and tau of every variant, as a table."""
+    at, ways, taus = problem(args, width, args.examples), variants(args, T), {}
+    size = sum(p.numel() for p in at[0].parameters())
+    print(f"\nwidth {width}, {size / 1e6:.2f} M parameters, T = {T}, {args.examples // T} rows of "
+          f"{args.length} tokens a step, {device_name(args.device)}\n"
+          f"{'':24} {'seconds':>8} {'x plain':>8} {'MB':>8} {'x plain':>8} {'tau off':>8}")
+    for name in list(ways):  # unmeasured: the first run of each is slower
         try:
             taus[name] = ways[name](*at)
         except Exception as error:
-            if name not in OTHERS:
+            if name not in ("TorchOpt", "higher"):
                 raise
-            print(f"{name} does not run with torch {torch.__version__}, and is left out: "
-                  f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            print(f"  {name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
             del ways[name]
-    for _ in range(args.repeats):
-        for name, run in ways.items():
-            times.setdefault(name, []).append(seconds(run, at, args.device))
+    times = [{name: seconds(run, at, args.device) for name, run in ways.items()}
+             for _ in range(args.repeats)]
     rows = []
-    print(f"  {'':20} {'seconds':>9} {'x plain':>8} {'MB':>8} {'x plain':>8} {'tau off':>9}")
     for name in ways:
-        row = {"variant": name, "seconds": statistics.median(times[name]), "times": times[name],
+        row = {"variant": name, "times": [t[name] for t in times],
+               "seconds": statistics.median(t[name] for t in times),
                "MB": peak(args, width, args.examples, T, name)}
         first = rows[0] if rows else row  # plain SFT
         row["time_ratio"] = row["seconds"] / first["seconds"]
-        row["memory_ratio"] = row["MB"] / first["MB"] if first["MB"] else None
-        off = ""
+        row["memory_ratio"] = row["MB"] / max(first["MB"], 1e-3)
         if name != PLAIN:
-            tau = taus[name].sum(1) if taus[name].ndim == 2 else taus[name]
-            row["tau_off"] = ((tau - taus[UNROLL]).norm() / taus[UNROLL].norm()).item()
-            off = f"{row['tau_off']:.1e}"
-        print(f"  {name:20} {row['seconds']:9.3f} {row['time_ratio']:8.2f} {row['MB']:8.0f} "
-              f"{row['memory_ratio'] or math.nan:8.2f} {off:>9}")
+            row["tau_off"] = ((taus[name] - taus[UNROLL]).norm() / taus[UNROLL].norm()).item()
+        print(f"  {name:22} {row['seconds']:8.3f} {row['time_ratio']:8.2f} {row['MB']:8.0f} "
+              f"{row['memory_ratio']:8.2f} " + (f"{row['tau_off']:8.0e}" if name != PLAIN else ""))
         rows.append(row)
-    return {"width": width, "steps": T, "parameters": parameters, "variants": rows}
+    return {"width": width, "steps": T, "parameters": size, "variants": rows}
 
 
 def seconds(run, at, device):
-    gc.collect()  # higher leaves its graph in reference cycles
+    gc.collect()  # higher leaves its graphs in reference cycles
     if device.type == "cpu":
         began = time.perf_counter()
         run(*at)
@@ -262,7 +244,7 @@ def seconds(run, at, device):
 
 
 def peak(args, width, n, T, name):
-    """The MB by which one run of a variant raises the peak of memory."""
+    """The MB that one run of a variant adds to the peak of memory."""
     if args.device.type == "cuda":
         at, run = problem(args, width, n), variants(args, T)[name]
         gc.collect()
@@ -270,23 +252,24 @@ def peak(args, width, n, T, name):
         before = torch.cuda.memory_allocated()
         run(*at)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # A process that is spawned starts with its parent's peak (Linux, vfork); a fork server's has
-    # its own. It finds the function by this name, however this file was started.
+    # On Linux a process that is spawned starts with the peak of its parent, one that a fork server
+    # makes does not. Torch is loaded once, in the server. The process finds its function by the
+    # module's name, which for a file run as a script is another.
     from demos import benchmark
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "demos.benchmark"])  # imported once, not each time
+    context.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(benchmark.resident, args, width, n, T, name).result()
 
 
 def resident(args, width, n, T, name):
-    """`peak` of this process, which has done nothing else."""
+    """`peak` of resident memory, in a process that has run nothing else."""
     def highest():
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+        unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
     at, run = problem(args, width, n), variants(args, T)[name]
-    run(*problem(args, 64, T, layers=1, length=2))  # loads what torch loads at the first use
+    run(*problem(args, 64, T, layers=1, length=2))  # what is loaded at the first use is no cost
     before = highest()
     run(*at)
     return highest() - before
@@ -295,7 +278,7 @@ def resident(args, width, n, T, name):
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
 
 
 def draw(runs, sweep, path):
@@ -303,24 +286,21 @@ def draw(runs, sweep, path):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))
     names = list(dict.fromkeys(row["variant"] for run in runs for row in run["variants"]))
-    for axis, key, title in zip(axes, ("time_ratio", "memory_ratio"), ("time", "extra memory")):
+    for axis, key, what in zip(axes, ("time_ratio", "memory_ratio"), ("time", "extra memory")):
         for i, run in enumerate(runs):
-            found = {row["variant"]: row[key] or math.nan for row in run["variants"]}
-            axis.barh([names.index(name) + 0.8 * i / len(runs) for name in found],
-                      list(found.values()), height=0.8 / len(runs), align="edge",
+            axis.barh([names.index(row["variant"]) + 0.8 * i / len(runs) for row in run["variants"]],
+                      [row[key] for row in run["variants"]], height=0.8 / len(runs), align="edge",
                       label=f"width {run['width']}, T = {run['steps']}")
-        axis.set(title=f"{title}, as a multiple of plain SFT's")
         axis.set_yticks([i + 0.4 for i in range(len(names))], names)
-        axis.invert_yaxis()
+        axis.set(title=f"{what}, as a multiple of plain SFT's", ylim=(len(names), -0.2))
         axis.legend()
-    for name in dict.fromkeys(name for row in sweep for name in row["MB"]):
-        rows = [row for row in sweep if name in row["MB"]]
-        T = [row["steps"] for row in rows]
-        line, = axes[2].plot(T, [row["MB"][name] for row in rows], marker="o", label=name)
-        if name != UNROLL:
-            axes[2].plot(T, [row["states_MB"][name] for row in rows], ":", color=line.get_color(),
-                         label=f"{name}: the states alone")
-    axes[2].set(title="extra memory against T, in MB", xlabel="T, with N / T fixed", ylim=(0, None))
+    for name in dict.fromkeys(row["variant"] for row in sweep):
+        curve = [row for row in sweep if row["variant"] == name]
+        T, own = [row["steps"] for row in curve], [row["states_MB"] for row in curve]
+        line, = axes[2].plot(T, [row["MB"] for row in curve], marker="o", label=name)
+        if any(own):
+            axes[2].plot(T, own, ":", color=line.get_color(), label="its states alone")
+    axes[2].set(title="extra memory against T, in MB", xlabel="T, at one N / T", ylim=(0, None))
     axes[2].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
