@@ -81,7 +81,8 @@ def parse(argv):
                        default=default, help=f"{what} (default {shown})")
     p.add_argument("--device", type=common.device, help="(default: cuda where there is one)")
     p.add_argument("--compare", action="store_true", help="add the unrolls of TorchOpt and higher")
-    p.add_argument("--out", type=pathlib.Path, default="runs/benchmark", help="folder (%(default)s)")
+    p.add_argument("--out", type=pathlib.Path, default="runs/benchmark",
+                   help="folder (default %(default)s)")
     p.add_argument("--seed", type=common.seed, default=0, help="(default 0)")
     args = p.parse_args(argv)
     for wrong, message in (
@@ -162,7 +163,7 @@ def plain(T, model, examples, metric):
 
 def weighted_loss(call, rows, weights):
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
-        logits = call(rows[:, :-1]).logits
+        logits = call((rows[:, :-1],), {"use_cache": False}).logits
     nll = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     return (weights[:, None] * nll.view(len(rows), -1)).sum() / rows.numel()
 
@@ -174,8 +175,7 @@ def with_torchopt(T, model, examples, metric):
     optimizer = torchopt.adam(LR, betas=BETAS, eps_root=EPS_ROOT)
     state = optimizer.init(params)
     for rows, w in zip(examples.tokens.chunk(T), weights.chunk(T)):
-        loss = weighted_loss(lambda x: functional_call(model, params, x, {"use_cache": False}),
-                             rows, w)
+        loss = weighted_loss(functools.partial(functional_call, model, params), rows, w)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         updates, state = optimizer.update(dict(zip(params, grads)), state, inplace=False)
         params = torchopt.apply_updates(params, updates, inplace=False)
@@ -186,10 +186,11 @@ def with_higher(T, model, examples, metric):
     """Its Adam has no eps_root: the same work, to within a few operations, but another tau."""
     import higher
     weights = torch.ones(len(examples.tokens), device=examples.tokens.device, requires_grad=True)
-    names, optimizer = dict(model.named_parameters()), torch.optim.Adam(model.parameters(), LR, BETAS)
+    names, _ = zip(*model.named_parameters())
+    optimizer = torch.optim.Adam(model.parameters(), LR, BETAS)
     with higher.innerloop_ctx(model, optimizer, copy_initial_weights=True) as (patched, inner):
         for rows, w in zip(examples.tokens.chunk(T), weights.chunk(T)):
-            inner.step(weighted_loss(functools.partial(patched, use_cache=False), rows, w))
+            inner.step(weighted_loss(lambda x, options: patched(*x, **options), rows, w))
         return torch.autograd.grad(metric(dict(zip(names, patched.fast_params))), weights)[0]
 
 
@@ -229,18 +230,13 @@ def measure(args, width, T):
 
 
 def seconds(run, at, device):
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     gc.collect()  # higher leaves its graphs in reference cycles
-    if device.type == "cpu":
-        began = time.perf_counter()
-        run(*at)
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+    wait()
+    began = time.perf_counter()
     run(*at)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    wait()
+    return time.perf_counter() - began
 
 
 def peak(args, width, n, T, name):
@@ -288,9 +284,9 @@ def draw(runs, sweep, path):
     names = list(dict.fromkeys(row["variant"] for run in runs for row in run["variants"]))
     for axis, key, what in zip(axes, ("time_ratio", "memory_ratio"), ("time", "extra memory")):
         for i, run in enumerate(runs):
-            axis.barh([names.index(row["variant"]) + 0.8 * i / len(runs) for row in run["variants"]],
-                      [row[key] for row in run["variants"]], height=0.8 / len(runs), align="edge",
-                      label=f"width {run['width']}, T = {run['steps']}")
+            found, thick = {row["variant"]: row[key] for row in run["variants"]}, 0.8 / len(runs)
+            axis.barh([names.index(name) + i * thick for name in found], list(found.values()),
+                      thick, align="edge", label=f"width {run['width']}, T = {run['steps']}")
         axis.set_yticks([i + 0.4 for i in range(len(names))], names)
         axis.set(title=f"{what}, as a multiple of plain SFT's", ylim=(len(names), -0.2))
         axis.legend()

@@ -30,7 +30,6 @@ from demos import corpus
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
 ANSWER = 40  # tokens: no demo writes more
-TARGET_TOKENS = 4  # of the target for one of the generator, at most, where their tokenizers differ
 
 # For metrics of the target's weights (sections 4.1 to 4.3). Their check is 96 steps of plain AdamW
 # on fresh text, at the rate that moves the head by as much of its scale as the paper's steps do,
@@ -297,8 +296,11 @@ class Lab:
         """Rollouts as training rows of the target: their tokens, or their text encoded anew."""
         if self.same_tokens:
             return rollouts.examples(self.start)
-        # Rows of a constant length, or it would depend on the samples (departure 2 in dpg.py).
-        length = TARGET_TOKENS * rollouts.tokens.shape[1] + 1
+        # Rows of a constant length, or it would depend on the samples (departure 2 in dpg.py):
+        # half as much again as the prompts' sentences need.
+        ours, theirs = (sum(map(len, tokenizer(self.held_out, add_special_tokens=False).input_ids))
+                        for tokenizer in (self.tokenizer, self.target_tokenizer))
+        length = math.ceil(1.5 * theirs / ours * rollouts.tokens.shape[1]) + 1
         rows = self.target_tokenizer(self.texts(rollouts), add_special_tokens=False).input_ids
         full = rollouts.mask.all(1).tolist()  # cut off: the end of the text is not known
         return self.rows([(row + [self.end] * (not row or not cut))[:length - 1]
