@@ -1531,7 +1531,7 @@ def test_12_two_tokenizers(shortened, demos, tmp_path, capsys):
     common = demos["uuid"].common
     lab = common.Lab(common.parser("demo.py", "", steps=0, target=str(tmp_path / "characters")),
                      ["--out", str(tmp_path / "lab")])
-    texts, end = [" the king buys a book", " the cat", ""], lab.tokenizer.eos_token_id
+    texts, end = [" the king buys a book", " the king", ""], lab.tokenizer.eos_token_id
     ids = [lab.tokenizer(text).input_ids + [end] for text in texts]
     width = len(ids[0]) - 1  # the first is cut off before its end
     tokens = torch.tensor([(row + [end] * width)[:width] for row in ids])

@@ -14,8 +14,8 @@ import sys
 # Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
+import argparse
 import copy
-import functools
 import gc
 import json
 import math
@@ -25,6 +25,7 @@ import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import matplotlib
 import torch
@@ -48,10 +49,10 @@ def main(argv=None):
           "the stored states")
     for T in sorted({most // d for d in (8, 4, 2, 1) if most % d == 0}):
         for name in spacings(args, T):
-            row = {"steps": T, "variant": name, "states_MB":
-                   states(spacings(args, T)[name], T) * runs[-1]["parameters"] * 4 / 1e6,
+            size = states(spacings(args, T)[name], T) * runs[-1]["parameters"] * 4 / 1e6
+            row = {"steps": T, "variant": name, "states_MB": size,
                    "MB": peak(args, width, args.examples // most * T, T, name)}
-            print(f"  T = {T:<4} {name:20} {row['MB']:8.0f} {row['states_MB']:8.0f}")
+            print(f"  T = {T:<4} {name:20} {row['MB']:8.0f} {size:8.0f}")
             sweep.append(row)
     print()
     for run in runs:
@@ -67,7 +68,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    p = common.Parser(description=__doc__, formatter_class=common.argparse.RawTextHelpFormatter)
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, what in (
             ("width", [256], "of the model: one or several, up to 64 or multiples of 64"),
             ("steps", [1, 16], "T: one or several, divisors of --examples"),
@@ -138,7 +139,6 @@ def variants(args, T):
         tau = dpg.metagradient(*at, optimizer, steps=T, **options).tau
         return tau.sum(1) if tau.ndim == 2 else tau
 
-    partial = functools.partial
     found = {PLAIN: partial(plain, T), UNROLL: attribution,
              f"{UNROLL}, per token": partial(attribution, per_token=True)}
     for name, k in spacings(args, T).items():
@@ -175,7 +175,7 @@ def with_torchopt(T, model, examples, metric):
     optimizer = torchopt.adam(LR, betas=BETAS, eps_root=EPS_ROOT)
     state = optimizer.init(params)
     for rows, w in zip(examples.tokens.chunk(T), weights.chunk(T)):
-        loss = weighted_loss(functools.partial(functional_call, model, params), rows, w)
+        loss = weighted_loss(partial(functional_call, model, params), rows, w)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         updates, state = optimizer.update(dict(zip(params, grads)), state, inplace=False)
         params = torchopt.apply_updates(params, updates, inplace=False)
