@@ -1209,7 +1209,7 @@ def test_11_pretrain(tmp_path, monkeypatch):
 
 def test_11_readme(tmp_path):
     """The Python block prints what its comments say; the header's usage block too."""
-    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "block.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
     done = subprocess.run([sys.executable, tmp_path / "block.py"], cwd=ROOT, text=True,
                           capture_output=True)
@@ -1575,3 +1575,35 @@ def test_12_chats_and_the_papers_preset(shortened, demos, monkeypatch, tmp_path)
                                     "--microbatch", "8", "--steps", "1")
         assert result["credit"] == "example" and metrics[0]["kl"] is None and len(metrics) == 1
     assert common.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)
+
+
+def test_12_the_reward_function_for_trl(monkeypatch):
+    """The README's, with a stand-in for the trainer: it calls the reward as TRL does."""
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code.count("\n") <= 20
+    seen = {}
+
+    class Trainer:
+        def __init__(self, policy, reward, config, **how):
+            seen.update(how, reward=reward, policy=policy)
+
+        def train(self):
+            seen["rewards"] = seen["reward"](prompts=["a"] * 4, completions=["b"] * 4,
+                                             completion_ids=WRITTEN, trainer_state=None)
+
+    trl = types.ModuleType("trl")
+    trl.GRPOTrainer, trl.GRPOConfig = Trainer, lambda out, **how: types.SimpleNamespace(**how)
+    monkeypatch.setitem(sys.modules, "trl", trl)
+    target, WRITTEN = gpt2(vocab=5), [[1, 2, 0], [3], [2, 2, 2, 2, 1], [4, 0]]
+    target.config.n_positions = 32
+    target.transformer.wpe = nn.Embedding(32, 8).double()
+    names = {"target": target, "phi": linear(target), "start": 0, "policy": "policy",
+             "prompts": [{"prompt": "a"}], "tokenizer": None}
+    exec(code, names)
+    tokens, mask = torch.zeros(4, 25, dtype=torch.int64), torch.zeros(4, 25)
+    for i, row in enumerate(WRITTEN):
+        tokens[i, 1:1 + len(row)], mask[i, 1:1 + len(row)] = torch.tensor(row), 1
+    tau = metagradient(target, Examples(tokens, mask), names["phi"], AdamW(1e-3, eps_root=1e-6)).tau
+    close(torch.tensor(seen["rewards"], dtype=torch.float64), tau / tau.square().mean().sqrt(),
+          1e-10)
+    assert seen["policy"] == "policy" and seen["train_dataset"]
