@@ -106,7 +106,7 @@ class SGD:
     lr: float
 
     def __post_init__(self):
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _check_number(self.lr, "lr", above=True)
 
     def init(self, params: Params) -> dict:
         return {}
@@ -133,12 +133,12 @@ class AdamW:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        betas = tuple(self.betas)
-        _require(len(betas) == 2 and all(0 <= b < 1 for b in betas),
-                 f"betas must be two numbers in [0, 1), got {self.betas}")
+        _check_number(self.lr, "lr", above=True)
+        _require(isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+                 and all(_is_number(b) and 0 <= b < 1 for b in self.betas),
+                 f"betas must be two numbers in [0, 1), got {self.betas!r}")
         for name in ("eps", "eps_root", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative")
+            _check_number(getattr(self, name), name)
 
     def init(self, params: Params) -> dict:
         def zeros():
@@ -164,7 +164,7 @@ class _AdamW(torch.autograd.Function):
     def forward(ctx, p, g, m, v, o, step):
         (b1, b2), c1, c2 = o.betas, 1 - o.betas[0] ** step, 1 - o.betas[1] ** step
         ctx.eps, ctx.rate, ctx.keep = c2**0.5 * o.eps, o.lr * c2**0.5 / c1, 1 - o.lr * o.weight_decay
-        ctx.betas = b1, b2
+        ctx.betas, ctx.smooth = (b1, b2), o.eps_root > 0
         m = m.lerp(g, 1 - b1)
         v = torch.addcmul(b2 * v, g, g, value=1 - b2)
         root = (v + c2 * o.eps_root).sqrt_().add_(ctx.eps)
@@ -175,6 +175,8 @@ class _AdamW(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dp, dm, dv):  # the adjoints of p', m', v'
         (g, m, root), (b1, b2) = ctx.saved_tensors, ctx.betas
+        _require(ctx.smooth or bool((root > ctx.eps).all()), "eps_root = 0, but the gradient of a "
+                 "coordinate is exactly 0, where Adam has no derivative; set eps_root > 0")
         ratio = dp / root
         dm = torch.add(dm, ratio, alpha=-ctx.rate)
         dv = torch.addcdiv(dv, ratio * m, root * (root - ctx.eps), value=ctx.rate / 2)
@@ -207,8 +209,11 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     n, length = examples.tokens.shape
     if weights is None:
         weights = _ones(model, (n,))
+    _check_tensor(weights, "weights", floating=True)
     _require(weights.shape in ((n,), (n, length)),
              f"weights must have shape {(n,)} or {(n, length)}, got {tuple(weights.shape)}")
+    _require(weights.device == examples.tokens.device, "weights must be on the model's device")
+    _check_optimizer(optimizer)
     params, frozen = _parameters(model)
     loss, state = _Loss(model, frozen, microbatch), optimizer.init(params)
     graph = weights.requires_grad and torch.is_grad_enabled()
@@ -285,6 +290,8 @@ def _nll(model, params, examples):
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
         logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
     labels = examples.tokens[:, 1:]
+    _require(bool((labels < logits.shape[2]).all()),
+             f"tokens must be below the vocabulary's {logits.shape[2]}, got {int(labels.max())}")
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return nll.view_as(labels) * examples.mask[:, 1:]
 
@@ -322,6 +329,10 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
 # ------------------------------------------------------------------------------- the metagradient
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """NaN or infinity arose in a run. The message names where, and the likely cause."""
+
+
 class Attribution(NamedTuple):
     """What `metagradient` returns; all detached."""
 
@@ -354,9 +365,12 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     be the same function everywhere. (With "unroll", `microbatch` bounds no memory.)
 
     Errors: those of `sft`; ValueError for a metric that is not a scalar or does not depend on the
-    parameters, and for an unknown method; FloatingPointError for a Phi or tau that is not finite.
+    parameters, for an unknown method, and for eps_root = 0 where a gradient is exactly 0;
+    `NotFinite` for losses, a Phi or a tau that are not finite.
     """
     _check_run(model, examples, steps, microbatch, group)
+    _check_optimizer(optimizer)
+    _require(callable(metric), "metric must be a function of the parameters")
     _require(method in ("unroll", "replay"), f'method must be "unroll" or "replay", got {method!r}')
     _check_count(checkpoint_every, "checkpoint_every")
     for name, given in (("checkpoint_every", checkpoint_every != 1), ("offload", offload),
@@ -381,9 +395,8 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
                      for tau, (_, w) in zip(taus, batches, strict=True)]).detach()
     if not torch.isfinite(tau).all():
         row = int((~torch.isfinite(tau)).nonzero()[0, 0])
-        raise FloatingPointError(
-            f"tau of example {row} is not finite: the inner run diverged (lower lr), or eps_root "
-            f"= 0 met a gradient of exactly 0; inner losses {torch.stack(losses).tolist()}")
+        raise NotFinite(f"tau of example {row}, in step {row // len(batches[0][1])} of the inner "
+                        f"run, is not finite: its derivatives overflow; lower lr or raise eps_root")
     if per_token:
         tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
     params = {k: p.detach() for k, p in _merge(model, params, frozen).items()}
@@ -400,6 +413,7 @@ def _unroll(loss, batches, metric, optimizer, params):
         grads, value = loss.gradient(params, batch, w, graph=True)
         params, state = optimizer.update(params, grads, state)
         losses.append(value)
+    _check_losses(losses)
     phi = metric(params)
     # autograd walks only the paths that end in a weight, and none passes through the initial
     # parameters: no Hessian-vector product is spent on the first step, so none at all at T = 1.
@@ -434,6 +448,7 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         losses += values
         if first != starts[-1]:
             kept.append(_map(lambda x: x.to("cpu"), trail[0]) if offload else trail[0])
+    _check_losses(losses)
     trained = _leaf(z[0])
     phi = metric(trained)
     taus, state = [], _tensors(z[1])
@@ -498,7 +513,8 @@ def _measure(metric, params):
              "metric must return a tensor with one element")
     _require(phi.requires_grad, _BLIND)
     if not torch.isfinite(phi):
-        raise FloatingPointError(f"metric is {phi.item()} after training; lower the inner lr")
+        raise NotFinite(f"metric is {phi.item()} after the last step of the inner run; is it defined "
+                        "for these parameters? Otherwise lower lr")
     return phi.reshape(())
 
 
@@ -511,7 +527,6 @@ def _parameters(model):
     """The parameters in two dicts: trained (new leaves on the same memory), and constant."""
     named = dict(model.named_parameters())
     params = {k: p.detach().requires_grad_() for k, p in named.items() if p.requires_grad}
-    _require(bool(params), "model has no parameter with requires_grad=True")
     return params, {k: p.detach() for k, p in named.items() if not p.requires_grad}
 
 
@@ -533,7 +548,7 @@ class Rollouts(NamedTuple):
 
     def examples(self, start: int) -> Examples:
         """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
-        _require(isinstance(start, int) and start >= 0, f"start must be a token id, got {start!r}")
+        _require(_is_whole(start) and start >= 0, f"start must be a token id, got {start!r}")
         tokens = F.pad(self.tokens, (1, 0), value=start)
         return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
 
@@ -554,14 +569,17 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     used.
     """
     tokens, mask = _check_prompts(prompts)
-    _require(samples >= 1, f"samples must be at least 1, got {samples}")
-    _require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    _require(temperature >= 0, f"temperature must not be negative, got {temperature}")
+    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        _require(value is not None, f"{name} must be a whole number, at least 1, got None")
+        _check_count(value, name)
+    _check_number(temperature, "temperature")
     _check_count(microbatch, "microbatch")
     _check_policy(model)
-    seeds = _prompt_seeds(seed, len(tokens)) if isinstance(seed, int) else list(seed)
-    _require(len(seeds) == len(tokens),
-             f"seed must be one number, or one for each of the {len(tokens)} prompts")
+    _check_tokens(model, tokens, "prompts", more=max_new_tokens - 1)
+    seeds = _prompt_seeds(seed, len(tokens)) if _is_whole(seed) else seed
+    _require(isinstance(seeds, Sequence) and len(seeds) == len(tokens)
+             and all(_is_whole(each) and 0 <= each < 2**63 for each in seeds),
+             f"seed must be a whole number, or one of 63 bits for each of {len(tokens)} prompts")
     own = model.generation_config
     eos = own.eos_token_id if eos_token_id is None else eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -619,8 +637,9 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     With entropy=True or a reference model the result is a `TokenLogProbs`: entropy and KL are exact
     sums over the vocabulary, not estimates from the sampled token.
     """
-    _require(temperature > 0, f"temperature must be positive, got {temperature}")
+    _check_number(temperature, "temperature", above=True)  # the choice at 0 has no gradient
     _check_policy(model)
+    _check_rollouts(model, rollouts)
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     mask = rollouts.mask
     chosen = log_pi.gather(2, rollouts.tokens[..., None])[..., 0] * mask
@@ -670,7 +689,10 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     about the mean. Spread that rounding makes is none: where a group (per token, a position of it)
     has none, "mean" and "loo" give exactly 0, and so does scale where the whole group has none.
     """
-    _require(tau.ndim in (1, 2), f"tau must be (N,) or (N, L_new), got {tuple(tau.shape)}")
+    _check_tensor(tau, "tau", floating=True)
+    _check_tensor(mask, "mask")
+    _require(tau.ndim in (1, 2) and len(tau) > 0 and tau.shape[-1] > 0,
+             f"tau must be (N,) or (N, L_new), got {tuple(tau.shape)}")
     _require(bool(torch.isfinite(tau).all()), "tau must be finite")
     _require(mask.shape[:1] == tau.shape[:1],
              f"mask must have the N = {tau.shape[0]} rows of tau, got {tuple(mask.shape)}")
@@ -678,14 +700,15 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
              f'baseline must be "none", "mean" or "loo", got {baseline!r}')
     n = tau.shape[0]
     size = n if group_size is None else group_size
-    _require(size >= 1 and n % size == 0, f"group_size must divide N = {n}, got {group_size}")
+    _require(_is_whole(size) and size >= 1 and n % size == 0,
+             f"group_size must divide N = {n}, got {group_size!r}")
     if tau.ndim == 1:
         _require(discount is None, "discount needs tau per token, (N, L_new)")
         labels = torch.ones_like(tau)[:, None]
         reward = tau[:, None]
     else:
-        _require(discount is not None and 0 <= discount <= 1,
-                 f"discount must be in [0, 1] when tau is per token, got {discount}")
+        _require(_is_number(discount) and 0 <= discount <= 1,
+                 f"discount must be in [0, 1] when tau is per token, got {discount!r}")
         _require(mask.shape == tau.shape,
                  f"mask must have the shape of tau {tuple(tau.shape)}, got {tuple(mask.shape)}")
         labels = (mask != 0).to(tau.dtype)
@@ -732,6 +755,12 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     -entropy_coef (1/N) sum_it H_it and kl_coef (1/N) sum_it KL_it take what `token_log_probs`
     gives. No token count stands in a denominator: dividing by it would favour some lengths.
     """
+    for name, value in (("log_probs", log_probs), ("advantages", advantages)):
+        _check_tensor(value, name, floating=True)
+        _require(bool(torch.isfinite(value).all()), f"{name} must be finite")
+    _check_tensor(mask, "mask")
+    _require(log_probs.ndim == 2 and log_probs.numel() > 0,
+             f"log_probs must be (N, L_new), got {tuple(log_probs.shape)}")
     _require(log_probs.shape == mask.shape, f"mask must have the shape of log_probs "
              f"{tuple(log_probs.shape)}, got {tuple(mask.shape)}")
     _require(advantages.shape in (log_probs.shape, log_probs.shape[:1]),
@@ -741,8 +770,10 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     each = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     loss = -(each * log_probs * mask).sum() / n
     for name, term, coef in (("entropy", entropy, -entropy_coef), ("kl", kl, kl_coef)):
+        _require(_is_number(coef) and math.isfinite(coef), f"{name}_coef must be a finite number")
         _require(coef == 0 or term is not None, f"{name}_coef needs {name}, from token_log_probs")
         if coef != 0:
+            _check_tensor(term, name, floating=True)
             _require(term.shape == mask.shape, f"{name} must have the shape of log_probs")
             loss = loss + coef * (term * mask).sum() / n
     return loss
@@ -792,6 +823,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     tau = attribution.tau
     if tau.ndim == 2:
         tau = tau[:, 1:]  # the start token is no action
+    _require(tau.shape in (every.mask.shape, every.mask.shape[:1]), "reward: tau must be (N,), or "
+             f"(N, L_new + 1) for rows as Rollouts.examples makes them, got {tuple(tau.shape)}")
     credit = advantages(tau, every.mask, group_size=group_size, baseline=baseline, scale=scale,
                         discount=discount)
     mine = credit.unflatten(0, (-1, samples))[share].flatten(0, 1)
@@ -807,6 +840,10 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         (loss * len(part_credit) / len(credit)).backward()
         totals += torch.stack([entropy.sum(), kl.sum() if kl is not None else entropy.sum() * math.nan,
                                part.mask.sum()]).detach()
+    for name, p in policy.named_parameters():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise NotFinite(f"the policy's gradient of {name} is not finite: its own training "
+                            "diverged (lower the rate of policy_optimizer); nothing was changed")
     if group is not None:
         for x in (totals, *(p.grad for p in policy.parameters() if p.grad is not None)):
             dist.all_reduce(x, group=group)
@@ -832,6 +869,38 @@ def _require(condition: bool, message: str):
         raise ValueError(message)
 
 
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_number(value, name, above=False):
+    _require(_is_number(value) and 0 <= value < math.inf and (value > 0 or not above),
+             f"{name} must be a finite number, {'above' if above else 'at least'} 0, got {value!r}")
+
+
+def _check_tensor(value, name, floating=False):
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _require(not value.is_complex() and (value.is_floating_point() or not floating),
+             f"{name} must be real{', in floating point' if floating else ''}, got {value.dtype}")
+
+
+def _check_optimizer(optimizer):
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer must be SGD, AdamW or alike, got {type(optimizer).__name__}")
+
+
+def _check_losses(losses):
+    for step, loss in enumerate(losses):
+        if not torch.isfinite(loss):
+            raise NotFinite(f"the loss of step {step} of the inner run is {loss.item()}: " + (
+                "it diverged; lower lr" if step else "the model itself gives no finite loss"))
+
+
 def _ones(model, shape):
     p = next(model.parameters())
     return torch.ones(shape, dtype=p.dtype, device=p.device)
@@ -846,8 +915,12 @@ def _logits(out, model):
 
 
 def _check_examples(examples, name):
+    if not isinstance(examples, tuple) or len(examples) != 2:
+        raise TypeError(f"{name} must be Examples(tokens, mask), got {type(examples).__name__}")
     tokens, mask = examples
-    _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.shape[0] > 0,
+    _check_tensor(tokens, f"{name}.tokens")
+    _check_tensor(mask, f"{name}.mask")
+    _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0,
              f"{name}.tokens must be (N, L) int64, got {tuple(tokens.shape)} {tokens.dtype}")
     _require(bool((tokens >= 0).all()), f"{name}.tokens must not be negative")
     _require(mask.shape == tokens.shape, f"{name}.mask must have the shape of tokens "
@@ -860,7 +933,7 @@ def _check_examples(examples, name):
 
 
 def _check_count(value, name):
-    _require(value is None or isinstance(value, int) and value >= 1,
+    _require(value is None or _is_whole(value) and value >= 1,
              f"{name} must be a whole number, at least 1, got {value!r}")
 
 
@@ -882,8 +955,36 @@ def _check_padding(model, examples, name):
                      f"which shares its weight; set model.{path}.padding_idx = None")
 
 
+def _check_tokens(model, tokens, name, more=0):
+    """That the model has a row for each token, and a place: embeddings fail deep inside torch."""
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", max(sizes, default=math.inf))
+    _require(bool((tokens < vocabulary).all() and (tokens >= 0).all()), f"{name}: token ids must be "
+             f"0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    places = getattr(config, "max_position_embeddings", math.inf)
+    _require(tokens.shape[1] + more <= places, f"{name}: rows of {tokens.shape[1]} tokens"
+             f"{f' and {more} new ones' if more else ''} exceed the model's {places} positions")
+
+
+def _check_rollouts(model, rollouts):
+    if not isinstance(rollouts, Rollouts):
+        raise TypeError(f"rollouts must be Rollouts, got {type(rollouts).__name__}")
+    _check_prompts(rollouts[:2])
+    for name in ("tokens", "mask"):
+        _check_tensor(getattr(rollouts, name), f"rollouts.{name}")
+    n, length = len(rollouts.prompt_tokens), rollouts.tokens.shape[-1]
+    _require(length > 0 and rollouts.tokens.shape == rollouts.mask.shape == (n, length)
+             and rollouts.tokens.dtype == torch.int64, "rollouts.tokens (int64) and rollouts.mask "
+             f"must be (N, L_new) with N = {n} as their prompts")
+    _check_tokens(model, torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, 1:], "rollouts")
+
+
 def _check_run(model, examples, steps, microbatch=None, group=None):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_examples(examples, "examples")
+    _check_tokens(model, examples.tokens[:, 1:], "examples")
     _check_padding(model, examples, "examples")
     _check_count(microbatch, "microbatch")
     if group is not None:
@@ -892,8 +993,10 @@ def _check_run(model, examples, steps, microbatch=None, group=None):
         _require(len(set(shapes)) == 1,
                  f"examples must have one shape on all processes, got {sorted(set(shapes))}")
     n = examples.tokens.shape[0]
-    _require(isinstance(steps, int) and steps >= 1 and n % steps == 0,
+    _require(_is_whole(steps) and steps >= 1 and n % steps == 0,
              f"steps must be a positive divisor of the number of examples, {n}; got {steps}")
+    _require(any(p.requires_grad for p in model.parameters()),
+             "model has no parameter with requires_grad=True")
     for name, p in model.named_parameters():
         _require(p.dtype in (torch.float32, torch.float64), f"model: {name} is {p.dtype}; second "
                  "derivatives need float32 or float64 (model.float())")
@@ -919,18 +1022,25 @@ def _check_no_dropout(model):
 
 
 def _check_policy(model):
-    if not hasattr(model, "generation_config"):
+    if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
         raise TypeError(f"model must be a policy with transformers' generate, got "
                         f"{type(model).__name__}")
     _check_no_dropout(model)
 
 
 def _check_prompts(prompts):
-    named = isinstance(prompts, Mapping)
-    tokens, mask = (prompts["input_ids"], prompts["attention_mask"]) if named else prompts
-    _require(tokens.ndim == 2 and tokens.shape == mask.shape,
-             f"prompts must be token ids and their attention mask of one shape (n, P), got "
-             f"{tuple(tokens.shape)} and {tuple(mask.shape)}")
-    _require(bool((mask[:, -1] == 1).all() and (mask.long().diff(dim=1) >= 0).all()),
+    if isinstance(prompts, Mapping) and {"input_ids", "attention_mask"} <= prompts.keys():
+        prompts = prompts["input_ids"], prompts["attention_mask"]
+    if not isinstance(prompts, (tuple, list)) or len(prompts) != 2:
+        raise TypeError("prompts must be token ids and their attention mask, as a pair or by the "
+                        "tokenizer's names")
+    tokens, mask = prompts
+    _check_tensor(tokens, "prompts: token ids")
+    _check_tensor(mask, "prompts: attention mask")
+    _require(tokens.ndim == 2 and tokens.shape == mask.shape and tokens.dtype == torch.int64
+             and tokens.numel() > 0, f"prompts must be token ids (int64) and their attention mask "
+             f"of one shape (n, P), got {tuple(tokens.shape)} and {tuple(mask.shape)}")
+    _require(bool(((mask == 0) | (mask == 1)).all() and (mask[:, -1] == 1).all()
+                  and (mask.long().diff(dim=1) >= 0).all()),
              'prompts must be padded on the left (padding_side="left")')
     return tokens, mask
