@@ -213,6 +213,7 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     _require(weights.shape in ((n,), (n, length)),
              f"weights must have shape {(n,)} or {(n, length)}, got {tuple(weights.shape)}")
     _require(weights.device == examples.tokens.device, "weights must be on the model's device")
+    _require(bool(torch.isfinite(weights).all()), "weights must be finite")
     _check_optimizer(optimizer)
     params, frozen = _parameters(model)
     loss, state = _Loss(model, frozen, microbatch), optimizer.init(params)
@@ -308,8 +309,7 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
     The text targets of sections 4.4 and 4.5 are metrics of this form. With `microbatch` the logits
     exist for so many rows at a time, and are computed again in the backward pass.
     """
-    _check_examples(examples, "examples")
-    _check_padding(model, examples, "examples")
+    _check_examples(examples, "examples", model)
     _check_count(microbatch, "microbatch")
     count = examples.mask.sum()
 
@@ -372,7 +372,10 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     _check_optimizer(optimizer)
     _require(callable(metric), "metric must be a function of the parameters")
     _require(method in ("unroll", "replay"), f'method must be "unroll" or "replay", got {method!r}')
+    _require(checkpoint_every is not None, "checkpoint_every must be a whole number, at least 1")
     _check_count(checkpoint_every, "checkpoint_every")
+    _check_flag(per_token, "per_token")
+    _check_flag(offload, "offload")
     for name, given in (("checkpoint_every", checkpoint_every != 1), ("offload", offload),
                         ("group", group is not None)):
         _require(not given or method == "replay", f'{name} needs method="replay"')
@@ -548,7 +551,7 @@ class Rollouts(NamedTuple):
 
     def examples(self, start: int) -> Examples:
         """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
-        _require(_is_whole(start) and start >= 0, f"start must be a token id, got {start!r}")
+        _require(_is_whole(start) and 0 <= start < 2**31, f"start must be a token id, got {start!r}")
         tokens = F.pad(self.tokens, (1, 0), value=start)
         return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
 
@@ -575,14 +578,16 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     _check_number(temperature, "temperature")
     _check_count(microbatch, "microbatch")
     _check_policy(model)
-    _check_tokens(model, tokens, "prompts", more=max_new_tokens - 1)
+    _check_tokens(model, tokens, "prompts", tokens.shape[1] + max_new_tokens - 1)
     seeds = _prompt_seeds(seed, len(tokens)) if _is_whole(seed) else seed
     _require(isinstance(seeds, Sequence) and len(seeds) == len(tokens)
              and all(_is_whole(each) and 0 <= each < 2**63 for each in seeds),
              f"seed must be a whole number, or one of 63 bits for each of {len(tokens)} prompts")
     own = model.generation_config
     eos = own.eos_token_id if eos_token_id is None else eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    _require(all(_is_whole(each) and 0 <= each < 2**31 for each in eos),
+             f"eos_token_id must be a token id, or several, got {eos_token_id!r}")
     pad = eos[0] if eos else 0
     # A hub model's generation config may cut or bend the distribution, and transformers merges it
     # into any config given to `generate`: samples would not come from pi. This shallow copy of the
@@ -617,7 +622,7 @@ def _gumbel(temperature, samples, seeds, device):
         noise = torch.empty_like(logits)
         for rows, stream in zip(noise.split(samples), streams, strict=True):
             rows.exponential_(generator=stream)
-        return logits / temperature - noise.log()
+        return logits / float(temperature) - noise.log()
 
     return perturbed
 
@@ -640,6 +645,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     _check_number(temperature, "temperature", above=True)  # the choice at 0 has no gradient
     _check_policy(model)
     _check_rollouts(model, rollouts)
+    _check_flag(entropy, "entropy")
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     mask = rollouts.mask
     chosen = log_pi.gather(2, rollouts.tokens[..., None])[..., 0] * mask
@@ -669,7 +675,7 @@ def _next_token_log_probs(model, rollouts, temperature):
     logits = _logits(out, model)[:, -length:]
     # `generate` samples from float32 logits, whatever the model's type.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(logits / temperature, dim=2)
+    return F.log_softmax(logits / float(temperature), dim=2)
 
 
 # ------------------------------------------------------------------------------------ the estimator
@@ -696,8 +702,10 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     _require(bool(torch.isfinite(tau).all()), "tau must be finite")
     _require(mask.shape[:1] == tau.shape[:1],
              f"mask must have the N = {tau.shape[0]} rows of tau, got {tuple(mask.shape)}")
+    _check_mask(mask, "mask")
     _require(baseline in ("none", "mean", "loo"),
              f'baseline must be "none", "mean" or "loo", got {baseline!r}')
+    _check_flag(scale, "scale")
     n = tau.shape[0]
     size = n if group_size is None else group_size
     _require(_is_whole(size) and size >= 1 and n % size == 0,
@@ -763,19 +771,21 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
              f"log_probs must be (N, L_new), got {tuple(log_probs.shape)}")
     _require(log_probs.shape == mask.shape, f"mask must have the shape of log_probs "
              f"{tuple(log_probs.shape)}, got {tuple(mask.shape)}")
+    _check_mask(mask, "mask")
     _require(advantages.shape in (log_probs.shape, log_probs.shape[:1]),
              f"advantages must be (N,) or (N, L_new) for log_probs {tuple(log_probs.shape)}, "
              f"got {tuple(advantages.shape)}")
     n = log_probs.shape[0]
     each = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     loss = -(each * log_probs * mask).sum() / n
-    for name, term, coef in (("entropy", entropy, -entropy_coef), ("kl", kl, kl_coef)):
-        _require(_is_number(coef) and math.isfinite(coef), f"{name}_coef must be a finite number")
+    for name, term, coef, sign in (("entropy", entropy, entropy_coef, -1), ("kl", kl, kl_coef, 1)):
+        _check_number(coef, f"{name}_coef")
         _require(coef == 0 or term is not None, f"{name}_coef needs {name}, from token_log_probs")
         if coef != 0:
             _check_tensor(term, name, floating=True)
             _require(term.shape == mask.shape, f"{name} must have the shape of log_probs")
-            loss = loss + coef * (term * mask).sum() / n
+            _require(bool(torch.isfinite(term).all()), f"{name} must be finite")
+            loss = loss + sign * float(coef) * (term * mask).sum() / n
     return loss
 
 
@@ -882,6 +892,10 @@ def _check_number(value, name, above=False):
              f"{name} must be a finite number, {'above' if above else 'at least'} 0, got {value!r}")
 
 
+def _check_flag(value, name):
+    _require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+
+
 def _check_tensor(value, name, floating=False):
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -914,7 +928,16 @@ def _logits(out, model):
     return logits
 
 
-def _check_examples(examples, name):
+def _check_mask(mask, name):
+    _require(bool(((mask == 0) | (mask == 1)).all()), f"{name} must hold only 0 and 1")
+    empty = (mask.flatten(1) == 0).all(1).nonzero().flatten().tolist() if mask.ndim > 1 else []
+    _require(not empty, f"{name} has no label in rows {empty[:5]}")
+
+
+def _check_examples(examples, name, model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _require(any(True for _ in model.parameters()), "model has no parameters")
     if not isinstance(examples, tuple) or len(examples) != 2:
         raise TypeError(f"{name} must be Examples(tokens, mask), got {type(examples).__name__}")
     tokens, mask = examples
@@ -922,18 +945,17 @@ def _check_examples(examples, name):
     _check_tensor(mask, f"{name}.mask")
     _require(tokens.ndim == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0,
              f"{name}.tokens must be (N, L) int64, got {tuple(tokens.shape)} {tokens.dtype}")
-    _require(bool((tokens >= 0).all()), f"{name}.tokens must not be negative")
     _require(mask.shape == tokens.shape, f"{name}.mask must have the shape of tokens "
              f"{tuple(tokens.shape)}, got {tuple(mask.shape)}")
-    _require(bool(((mask == 0) | (mask == 1)).all()), f"{name}.mask must hold only 0 and 1")
     _require(not bool(mask[:, 0].any()), f"{name}.mask has a label in column 0, which no token "
              "precedes; put a start token there")
-    empty = (mask.sum(1) == 0).nonzero().flatten().tolist()
-    _require(not empty, f"{name}.mask has no label in rows {empty[:5]}")
+    _check_mask(mask, f"{name}.mask")
+    _check_tokens(model, tokens, f"{name}.tokens", tokens.shape[1] - 1)
+    _check_padding(model, examples, name)
 
 
 def _check_count(value, name):
-    _require(value is None or _is_whole(value) and value >= 1,
+    _require(value is None or _is_whole(value) and 1 <= value < 2**31,
              f"{name} must be a whole number, at least 1, got {value!r}")
 
 
@@ -955,16 +977,15 @@ def _check_padding(model, examples, name):
                      f"which shares its weight; set model.{path}.padding_idx = None")
 
 
-def _check_tokens(model, tokens, name, more=0):
-    """That the model has a row for each token, and a place: embeddings fail deep inside torch."""
+def _check_tokens(model, tokens, name, length):
+    """That the model has an embedding for each token and place; it would fail deep inside torch."""
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", max(sizes, default=math.inf))
     _require(bool((tokens < vocabulary).all() and (tokens >= 0).all()), f"{name}: token ids must be "
              f"0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
     places = getattr(config, "max_position_embeddings", math.inf)
-    _require(tokens.shape[1] + more <= places, f"{name}: rows of {tokens.shape[1]} tokens"
-             f"{f' and {more} new ones' if more else ''} exceed the model's {places} positions")
+    _require(length <= places, f"{name}: {length} tokens in a row exceed the model's {places} places")
 
 
 def _check_rollouts(model, rollouts):
@@ -977,15 +998,13 @@ def _check_rollouts(model, rollouts):
     _require(length > 0 and rollouts.tokens.shape == rollouts.mask.shape == (n, length)
              and rollouts.tokens.dtype == torch.int64, "rollouts.tokens (int64) and rollouts.mask "
              f"must be (N, L_new) with N = {n} as their prompts")
-    _check_tokens(model, torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, 1:], "rollouts")
+    tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)
+    _check_mask(rollouts.mask, "rollouts.mask")
+    _check_tokens(model, tokens, "rollouts", tokens.shape[1] - 1)
 
 
 def _check_run(model, examples, steps, microbatch=None, group=None):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _check_examples(examples, "examples")
-    _check_tokens(model, examples.tokens[:, 1:], "examples")
-    _check_padding(model, examples, "examples")
+    _check_examples(examples, "examples", model)
     _check_count(microbatch, "microbatch")
     if group is not None:
         shapes = [None] * dist.get_world_size(group)

@@ -818,7 +818,7 @@ class Spare(Bare):
 @pytest.mark.parametrize("message, change", [
     ("steps", dict(steps=3)),
     ("column 0", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.ones(4, 3)))),
-    ("negative", dict(examples=Examples(torch.full((4, 3), -100), torch.tensor([[0, 1, 1]] * 4)))),
+    ("0 to 3", dict(examples=Examples(torch.full((4, 3), -100), torch.tensor([[0, 1, 1]] * 4)))),
     ("no label", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.zeros(4, 3)))),
     ("dropout", dict(model=GPT2LMHeadModel(gpt2().config).train())),
     ("float32", dict(model=gpt2().bfloat16())),
@@ -1607,3 +1607,209 @@ def test_12_the_reward_function_for_trl(monkeypatch):
     close(torch.tensor(seen["rewards"], dtype=torch.float64), tau / tau.square().mean().sqrt(),
           1e-10)
     assert seen["policy"] == "policy" and seen["train_dataset"]
+
+
+# ---------------------------------------------------------------- 13: nothing silently wrong
+
+NAN, INF = math.nan, math.inf
+ANY = [None, "x", -1, 0, 1.5, NAN, INF, True, 10**30, [], {}, torch.tensor(NAN), torch.ones(3),
+       torch.ones(0), torch.ones(2, 3, 4), torch.full((4, 5), 99), torch.full((4, 5), -1),
+       torch.ones(4, 5).bool(), torch.ones(4, 5, dtype=torch.complex64), torch.full((4, 5), NAN),
+       torch.ones(4, 5), torch.zeros(4, 5, dtype=torch.int64), torch.full((4,), INF), print,
+       Examples(torch.ones(4, 9, dtype=torch.int64), torch.tensor([[0] + [1] * 8] * 4)), nn.ReLU()]
+
+
+def public_calls():
+    """Every public function with arguments that are right."""
+    model, policy, data = filled(Bare(), 0), gpt2(4, seed=3), batch(0)
+    prompts = prompts_of([1], [2, 1])
+    ones, half = torch.ones(4, 5, dtype=torch.int64), torch.full((4, 5), 0.5, dtype=torch.float64)
+    half = half + torch.arange(20).view(4, 5) / 7
+    rollouts = generate(policy, prompts, samples=2, max_new_tokens=3, seed=0)
+    metric = lm_metric(model, batch(50))
+    return {
+        "SGD": (SGD, dict(lr=0.1)),
+        "AdamW": (AdamW, dict(lr=0.1, betas=(0.5, 0.9), eps=0.1, eps_root=0.1, weight_decay=0.1)),
+        "sft": (sft, dict(model=model, examples=data, optimizer=SGD(0.1), weights=half[:, 0],
+                          steps=2, microbatch=1)),
+        "metagradient": (metagradient, dict(
+            model=model, examples=data, metric=metric, optimizer=SGD(0.1), steps=2, per_token=True,
+            method="replay", microbatch=1, checkpoint_every=2)),
+        "lm_metric": (lambda **how: lm_metric(**how)(dict(model.named_parameters())),
+                      dict(model=model, examples=data, microbatch=2)),
+        "generate": (generate, dict(model=policy, prompts=prompts, samples=2, max_new_tokens=3,
+                                    temperature=0.5, seed=0, eos_token_id=1, microbatch=2)),
+        "examples": (rollouts.examples, dict(start=1)),
+        "token_log_probs": (token_log_probs, dict(model=policy, rollouts=rollouts, temperature=0.5,
+                                                  entropy=True, reference=policy)),
+        "advantages": (advantages, dict(tau=half, mask=ones, group_size=2, baseline="mean",
+                                        scale=True, discount=0.5)),
+        "policy_gradient_loss": (policy_gradient_loss, dict(
+            log_probs=-half, advantages=half, mask=ones, entropy=half, entropy_coef=0.1, kl=half,
+            kl_coef=0.1)),
+    }
+
+
+def tensors_in(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    parts = result.values() if isinstance(result, dict) else result
+    return [x for part in parts for x in tensors_in(part)] if isinstance(
+        result, (dict, tuple, list)) else []
+
+
+def check_malformed(call, arguments):
+    """A documented error that is raised by this file and names an argument, or finite numbers."""
+    try:
+        found = tensors_in(call(**arguments))
+    except (ValueError, TypeError) as error:
+        deepest = error.__traceback__
+        while deepest.tb_next is not None:
+            deepest = deepest.tb_next
+        assert deepest.tb_frame.f_code.co_filename == dpg.__file__, f"from deep inside: {error!r}"
+        assert str(error)
+        return False
+    assert all(torch.isfinite(x).all() for x in found if x.is_floating_point())
+    if call is not advantages:  # zero where a group has no spread, as documented
+        assert not found or any((x != 0).any() for x in found)
+    return True
+
+
+def test_13_right_calls_are_accepted():
+    for name, (call, arguments) in public_calls().items():
+        assert check_malformed(call, arguments), name
+
+
+CALLS = public_calls()
+
+
+@given(st.data())
+@settings(max_examples=2500)
+def test_13_malformed_calls_end_in_a_documented_error(data):
+    name = data.draw(st.sampled_from(sorted(CALLS)))
+    call, arguments = CALLS[name]
+    wrong = data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2,
+                               unique=True))
+    changed = {k: data.draw(st.sampled_from(ANY)) for k in wrong}
+    if isinstance(changed.get("metric"), nn.Module):
+        del changed["metric"]  # what a metric itself raises is passed on
+    check_malformed(call, arguments | changed)
+
+
+def test_13_nothing_random_is_used_and_nothing_differs():
+    for threads in (1, 2):  # two threads add in another order: each is repeatable by itself
+        torch.set_num_threads(threads)
+        for name, (call, arguments) in CALLS.items():
+            before = torch.get_rng_state()
+            one, two = tensors_in(call(**arguments)), tensors_in(call(**arguments))
+            assert torch.equal(torch.get_rng_state(), before), name
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), name
+        assert torch.equal(a_step()[1], a_step()[1])
+    torch.set_num_threads(1)
+
+
+class Blown(Bare):
+    """Its logits overflow as soon as its embedding has moved."""
+
+    def forward(self, tokens):
+        far = (self.embed.weight - self.first).abs().max() > 1e-6
+        return super().forward(tokens) * (INF if far else 1)
+
+
+def test_13_where_numbers_end():
+    """NaN and infinity: the step, the example, the cause; and no step of the generator on them."""
+    model, data = filled(Blown(), 0), batch(0, n=6)
+    model.first = model.embed.weight.detach().clone()
+    for method in ("unroll", "replay"):
+        with pytest.raises(dpg.NotFinite, match="loss of step 1 .* lower lr"):
+            metagradient(model, data, lambda p: p["embed.weight"].sum(), SGD(0.1), steps=3,
+                         method=method)
+    model.first = model.first + 1
+    with pytest.raises(dpg.NotFinite, match="step 0 .* the model itself"):
+        metagradient(model, data, lambda p: p["embed.weight"].sum(), SGD(0.1))
+    with pytest.raises(dpg.NotFinite, match="metric is nan"):
+        metagradient(Bare(), data, lambda p: p["embed.weight"].sum() * NAN, SGD(0.1))
+    with pytest.raises(ValueError, match="eps_root = 0"):  # row 3 of the embedding is never read
+        rows = Examples(data.tokens % 3, data.mask)
+        metagradient(filled(Bare(), 0), rows, lambda p: p["embed.weight"].sum(),
+                     AdamW(0.1, eps_root=0.0))
+    sharp = filled(Bare(), 0)
+    with pytest.raises(dpg.NotFinite, match="tau of example 0, in step 0"):
+        metagradient(sharp, data, lambda p: (p["embed.weight"] * 0).sum().abs().sqrt(), SGD(0.1),
+                     steps=2)
+    policy = gpt2(4, seed=3)
+    before = flat(start(policy))
+    for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0])):
+        with pytest.raises(ValueError, match="tau must be"):
+            dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts_of([1], [2]),
+                     partial(Rollouts.examples, start=1), lambda _: Attribution(tau, 0.0, {}, tau),
+                     samples=1, max_new_tokens=2, seed=0)
+    next(policy.parameters()).register_hook(lambda g: g * INF)
+    with pytest.raises(dpg.NotFinite, match="gradient of transformer.wte.weight"):
+        dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts_of([1], [2]),
+                 partial(Rollouts.examples, start=1),
+                 lambda _: Attribution(torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)),
+                 samples=1, max_new_tokens=2, seed=0)
+    assert torch.equal(flat(start(policy)), before)
+
+
+class Wordless(Bare):
+    def forward(self, tokens):
+        return super().forward(tokens).sum(2)
+
+
+def test_13_refused_before_work_is_done():
+    never = partial(pytest.fail, "work was done")
+    data, model = batch(0), filled(Bare(), 0)
+    model.forward = lambda tokens: never()
+    wide = Examples(torch.ones(4, 20, dtype=torch.int64), torch.tensor([[0] + [1] * 19] * 4))
+    for message, change in {
+        "token ids must be 0 to 3": dict(examples=Examples(data.tokens + 9, data.mask)),
+        "8 places": dict(model=gpt2(), examples=wide),
+        "multiple|divisor": dict(steps=3),
+        "microbatch": dict(microbatch=0),
+        "checkpoint_every": dict(checkpoint_every=2),
+        "offload": dict(offload=True),
+        "a function": dict(metric=3),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            metagradient(**dict(model=model, examples=data, metric=never, optimizer=SGD(0.1))
+                         | change)
+    for message, change in {"optimizer": dict(optimizer=torch.optim.SGD), "Examples": dict(
+            examples=data.tokens), "torch.nn.Module": dict(model=print)}.items():
+        with pytest.raises(TypeError, match=message):
+            metagradient(**dict(model=model, examples=data, metric=never, optimizer=SGD(0.1))
+                         | change)
+    with pytest.raises(TypeError, match="logits"):
+        sft(filled(Wordless(), 0), data, SGD(0.1))
+    with pytest.raises(TypeError, match="generate"):
+        generate(model, prompts_of([1]), samples=1, max_new_tokens=1, seed=0)
+
+
+def test_13_nothing_in_a_checkpoint_is_executed(tmp_path):
+    for path in (ROOT / "dpg.py", *(ROOT / "demos").glob("*.py")):
+        text = path.read_text()
+        assert "trust_remote_code" not in text and "pickle" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_13_a_full_disk_leaves_the_last_state(shortened, demos, monkeypatch, tmp_path, capsys):
+    common, out = demos["uuid"].common, tmp_path / "out"
+    write = pathlib.Path.write_bytes
+
+    def full(path, content):
+        if path.name == "checkpoint.pt.new" and len(rows_of(out)) == 2:
+            write(path, bytes(content)[:99])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(SystemExit) as stop:
+            demos["uuid"].main(["--steps", "3", "--out", str(out)])
+    error = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert stop.value.code == 1 and "No space left" in error and "--resume" in error
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    demos["uuid"].main(["--resume", str(out)])
+    assert len(rows_of(out)) == 3 and (out / "result.json").exists()

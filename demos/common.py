@@ -165,6 +165,20 @@ def sentences(path):
 
 # --------------------------------------------------------------------------- models and prompts
 
+def one_line(method):
+    """What stops a run that is under way, a full disk or numbers that are not finite, is said in a
+    line; the last complete step is on the disk."""
+    @functools.wraps(method)
+    def run(lab, *how, **named):
+        try:
+            return method(lab, *how, **named)
+        except (OSError, dpg.NotFinite) as error:
+            print(f"\n{lab.demo}.py: error: {error} (the last complete step is kept: "
+                  f"--resume {lab.folder})", file=sys.stderr)
+            sys.exit(1)
+    return run
+
+
 class Lab:
     """The models, prompts and rewards of one run, and its folder.
 
@@ -376,6 +390,7 @@ class Lab:
 
     # ------------------------------------------------------------------------ the training loop
 
+    @one_line
     def train(self, reward, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
               entropy_coef, temperature=1.0, prompts=PROMPTS):
         """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl.
@@ -391,9 +406,9 @@ class Lab:
         rows = prompts * SAMPLES // steps if self.args.baseline == "batch" else SAMPLES
         history = self.restore(optimizer, decay)
         self.save("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        for step in (bar := tqdm(range(len(history), self.args.steps), self.demo, file=sys.stderr,
-                                 initial=len(history), total=self.args.steps,
-                                 disable=self.rank > 0)):
+        bar = tqdm(range(len(history), self.args.steps), self.demo, file=sys.stderr,
+                   initial=len(history), total=self.args.steps, disable=self.rank > 0)
+        for step in bar:
             result = dpg.dpg_step(
                 self.policy, optimizer, self.training_prompts(prompts), self.encode, reward,
                 samples=SAMPLES, max_new_tokens=max_new_tokens, seed=self.seed(step),
@@ -514,6 +529,7 @@ class Lab:
             return rng.choices(self.held_out, k=n)
         return [corpus.render(f, "en", rng) for f in corpus.frames(rng, n, held_out=True)]
 
+    @one_line
     def finish(self, **result):
         """generator/ and result.json; the run is complete."""
         args = self.args

@@ -1,0 +1,395 @@
+"""How far is each estimator from the true gradient, and when is tau blind? (bias and noise)
+
+The generator is a policy over 7 texts, the target a tiny model, and every dataset of n texts is
+trained on: truth, bias and noise are sums, nothing is sampled. What example i is credited with:
+
+    naive           Phi itself
+    leave one out   Phi(w = 1) - Phi(w_i = 0); per token, w_is = 0 for s >= t. Exact
+    tau             the metagradient; baselines and discounts are those of `dpg.advantages`
+    influence       -lr <grad Phi, grad l_i(theta_0)>, no Hessian and no optimizer
+    midpoint        tau_i at w_i = 1/2: a fair coin gives each weight 1/2 or 3/2, a second run has
+                    the other of the two, and i is credited in the run where its weight is 1/2
+    path            the same with weights u or 2 - u, where u is a Gauss point of (0, 1), 0.211 or
+                    0.789, by another coin: the mean of tau_i on the way from w_i = 0 to 1
+    two halves      Phi(w = 1) - Phi(w_H = 0) for every i in a random half H, the same for the rest:
+                    the second run does not see x_i, so it is exact
+      less tau      and minus the tau_j of the others in H, at w_H = 0. Exact for the same reason
+
+Measured (5 random problems, 70 s on a shared CPU core, 2026). tau is the slope, at w_i = 1, of the
+curve whose rise from w_i = 0 to 1 is wanted.
+
+    SGD     The bias is proportional to lr: 0.003 at 0.03, 0.04 at 0.3 (n = 3, T = 1; T = 3 has 4
+            times as much at small lr).
+    Adam    What eps_root must not be small against is share^2, share being the largest
+            |d l_i / d parameter| / n: the part of a minibatch's gradient that is one example's. The
+            bias at T = 1 is 0.01 with eps_root = 100 share^2, 0.05 with 10, 0.25 with 1 and 0.7 to
+            1 far below, at any n. With eps_root itself held, a larger n lowers it.
+    path    At two metagradients instead of one, n = T = 3: 0.012 where tau has 0.109 (SGD), 0.007
+            for 0.096 (Adam, 10 share^2), 0.28 for 0.71 (Adam, share^2 / 1000: lowest cosine 0.98
+            for 0.75, twice the noise).
+"""
+import pathlib
+import sys
+
+# Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import argparse
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from functools import cache
+
+import matplotlib
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import grad
+from torch.func import functional_call, jacrev
+
+import dpg
+from demos import common
+
+TEXTS = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])  # 0 ends the text
+LABELS = torch.tensor([[1, 0]] + 6 * [[1, 1]])
+START, WIDTH, CENTRED = 3, 4, "naive, less its expectation"
+GAUSS = 0.5 - 12**-0.5, 0.5 + 12**-0.5  # the Gauss points of (0, 1)
+MIDPOINT, PATH = (0.5, 1.5), (*GAUSS, *(2 - u for u in GAUSS[::-1]))  # rising, mirrored about 1
+SETTINGS = {"SGD, lr 0.3": lambda problem: dpg.SGD(0.3),  # of the table, with n = T = 3
+            "Adam, eps_root 10 share^2": lambda problem: problem.adam(10),
+            "Adam, eps_root share^2 / 1000": lambda problem: problem.adam(1e-3)}
+SIZES, STEPS = (1, 2, 3, 6), (1, 2, 3)  # n and T of the figure
+RATES = (0.03, 0.1, 0.3, 1.0)  # of SGD
+ROOTS = tuple(10.0**k for k in range(-5, 4))  # eps_root of Adam, see Problem.adam
+
+
+class Bank(nn.Module):
+    """Copies of a target that have nothing in common, each with as many rows of every batch."""
+
+    def __init__(self, tensors, copies):
+        super().__init__()
+        self.embed, self.head, self.bias = (
+            nn.Parameter(x.expand(copies, *x.shape).clone()) for x in tensors)
+
+    def forward(self, tokens):
+        rows = tokens.view(len(self.embed), -1, tokens.shape[1])
+        each = self.embed[torch.arange(len(rows))[:, None, None], rows]
+        return (each.cumsum(2).tanh() @ self.head[:, None] + self.bias[:, None, None]).flatten(0, 1)
+
+
+class Problem:
+    """A random target, policy and metric, and all datasets of n texts; T full-batch steps on each.
+
+    One run trains a bank with a copy for each dataset. The loss is a mean over copies, so weights
+    or optimizers are scaled until each copy sees its own; each has its own Phi, and the sum of all
+    Phi has everybody's tau as its derivative.
+    """
+
+    def __init__(self, seed, n, T=1):
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+        self.seed, self.n, self.T = seed, n, T
+        self.tensors = [0.7 * normal(*shape) for shape in ((4, WIDTH), (WIDTH, 4), (4,))]
+        self.theta = normal(3, 3)  # the policy: logits of the next token, a row for each before
+        self.wanted = torch.randint(1, 7, (2,), generator=draw)
+        # The order in a full batch changes nothing: each multiset once, with its number of orders.
+        self.sets = torch.tensor([*itertools.combinations_with_replacement(range(7), n)])  # (D, n)
+        self.orders = torch.tensor([
+            math.factorial(n) / math.prod(math.factorial(row.count(k)) for k in range(7))
+            for row in self.sets.tolist()], dtype=torch.float64)
+
+    # ----------------------------------------------------------------- the policy and the truth
+
+    def log_pi(self, theta):
+        """log pi of both tokens of every text, (7, 2)."""
+        before = torch.stack([torch.zeros(7, dtype=int), TEXTS[:, 0]], 1)
+        return theta.log_softmax(1)[before, TEXTS] * LABELS
+
+    def probability(self, theta):
+        return self.orders * self.log_pi(theta).sum(1).exp()[self.sets].prod(1)  # (D,)
+
+    def judge(self, phi, credit):
+        """Relative bias and cosine of the expectation; and noise, the variance over the square of
+        the expectation's component along the truth: the length of a step is the user's choice.
+
+        phi is (D,), credit (M, D, n) or (M, D, n, 2): M equally likely outcomes on each dataset.
+        """
+        truth = jacrev(lambda theta: self.probability(theta) @ phi)(self.theta).flatten()
+        p, score = self.probability(self.theta), jacrev(self.log_pi)(self.theta).flatten(2)
+        credit = credit.reshape(*credit.shape[:3], -1).expand(-1, -1, -1, 2)
+        each = torch.einsum("mdit,ditp->mdp", credit, score[self.sets])
+        mean = p @ each.mean(0)
+        variance = (p @ ((each - mean) ** 2).mean(0)).sum()
+        return {"bias": ((mean - truth).norm() / truth.norm()).item(),
+                "cosine": torch.cosine_similarity(mean, truth, 0).item(),
+                "noise": (variance * (truth @ truth) / (mean @ truth) ** 2).item()}
+
+    # ----------------------------------------------------------------- training and tau
+
+    def bank(self, copies):
+        """The bank and its rows: [start] + text, T times the same full batch."""
+        texts = self.sets.repeat(self.T * copies // len(self.sets), 1).flatten()
+        return Bank(self.tensors, copies), dpg.Examples(
+            nn.functional.pad(TEXTS[texts], (1, 0), value=START),
+            nn.functional.pad(LABELS[texts], (1, 0)))
+
+    def phi(self, params):
+        """Of each copy: the mean log-likelihood per token of the wanted texts, (copies,)."""
+        copies, texts = len(params["bias"]), TEXTS[self.wanted]
+        rows = nn.functional.pad(texts[:, :1], (1, 0), value=START).repeat(copies, 1)
+        logits = functional_call(Bank(self.tensors, copies), params, (rows,)).log_softmax(2)
+        chosen = logits.gather(2, texts.repeat(copies, 1)[..., None]).view(copies, -1)
+        return chosen @ LABELS[self.wanted].flatten().double() / LABELS[self.wanted].sum()
+
+    def run(self, optimizer, weights=None):
+        """Phi (M, D) and tau per token (M, D, n, 2) at M choices of the weights, (M, n) or
+        (M, n, 2), with dpg.sft; and the parameters. None is all ones."""
+        weights = torch.ones(1, self.n) if weights is None else weights
+        M, D = len(weights), len(self.sets)
+        bank, data = self.bank(M * D)
+        w = weights.reshape(M, 1, self.n, -1).expand(M, D, self.n, 2).double().clone()
+        rows = nn.functional.pad(M * D * w.requires_grad_(), (1, 0)).flatten(0, 2)
+        params = dpg.sft(bank, data, optimizer, weights=rows.repeat(self.T, 1), steps=self.T)
+        phi = self.phi(params)
+        return phi.detach().view(M, D), grad(phi.sum(), w)[0], params
+
+    @cache
+    def tau(self, optimizer, metric=None):
+        """tau per token, (1, D, n, 2), from dpg.metagradient."""
+        D = len(self.sets)
+        bank, data = self.bank(D)
+        scaled = {"lr": optimizer.lr * D} if isinstance(optimizer, dpg.SGD) else {
+            "eps": optimizer.eps / D, "eps_root": optimizer.eps_root / D**2}
+        result = dpg.metagradient(bank, data, lambda params: (metric or self.phi)(params).sum(),
+                                  replace(optimizer, **scaled), steps=self.T, per_token=True)
+        return result.tau.view(self.T, 1, D, self.n, 3).sum(0)[..., 1:]
+
+    def start(self):
+        return dict(self.bank(len(self.sets))[0].named_parameters())
+
+    def gradients(self):
+        """Of the loss of each dataset at the start, (D, parameters)."""
+        once = Problem(self.seed, self.n)
+        start, after = once.start(), once.run(dpg.SGD(1.0))[2]
+        return torch.cat([(p - after[k]).detach().flatten(1) for k, p in start.items()], 1)
+
+    def adam(self, root):
+        """Adam, its eps_root in units of share^2; share = max |d l_i / d parameter| / n."""
+        share = Problem(self.seed, 1).gradients().abs().max().item() / self.n
+        return dpg.AdamW(lr=0.1, eps_root=root * share**2)
+
+    # ----------------------------------------------------------------- estimators
+
+    def naive(self, optimizer):
+        return self.run(optimizer)[0][..., None].expand(-1, -1, self.n)
+
+    def left_out(self, optimizer, drop):
+        """Phi(w = 1) - Phi without the tokens drop[k] of text i, (1, D, n, K); drop is (K, 2)."""
+        keep = 1 - torch.einsum("ij,kt->ikjt", torch.eye(self.n), torch.tensor(drop)).flatten(0, 1)
+        loss = self.run(optimizer)[0] - self.run(optimizer, keep)[0]  # (n K, D)
+        return loss.T.view(1, -1, self.n, len(drop))
+
+    def advantages(self, tau, **how):
+        """`dpg.advantages`, each dataset a group of its own."""
+        rows = LABELS[self.sets].repeat(len(tau), 1, 1).flatten(0, 1)
+        return dpg.advantages(tau.flatten(0, 2), rows, group_size=self.n, **how).view(tau.shape)
+
+    def influence(self, optimizer, params):
+        """-T lr <grad Phi(params), grad l_i(theta_0)>: tau of one SGD step and a linear metric."""
+        leaf = {k: p.detach().requires_grad_() for k, p in params.items()}
+        slope = dict(zip(leaf, grad(self.phi(leaf).sum(), list(leaf.values()))))
+        return Problem(self.seed, self.n).tau(dpg.SGD(self.T * optimizer.lr), lambda params: sum(
+            (slope[k] * p).flatten(1).sum(1) for k, p in params.items())).sum(3)
+
+    def mirrored(self, optimizer, values):
+        """tau per token at w_i < 1: weights drawn from `values`, and a second run with 2 - w."""
+        weights = torch.tensor([*itertools.product(values, repeat=self.n)])
+        tau = self.run(optimizer, weights)[1]
+        return torch.where(weights[:, None, :, None] < 1, tau, tau.flip(0))  # flip: w to 2 - w
+
+    def halves(self, optimizer, less_tau):
+        """Phi(w = 1) - Phi(w_H = 0) for a random half H and for the rest."""
+        chosen = torch.tensor([*itertools.combinations(range(self.n), self.n // 2)])
+        H = torch.zeros(len(chosen), self.n).scatter(1, chosen, 1.0)
+        whole, credit = self.run(optimizer)[0], 0
+        for out in (H, 1 - H):
+            phi, tau, _ = self.run(optimizer, 1 - out)
+            tau = tau.sum(3) * out[:, None]
+            others = tau.sum(2, keepdim=True) - tau
+            credit = credit + out[:, None] * ((whole - phi)[..., None] - less_tau * others)
+        return credit
+
+
+def dpg_credit(per_token, **how):
+    def credit(problem, optimizer):
+        tau = problem.tau(optimizer)
+        return problem.advantages(tau if per_token else tau.sum(3), **how)
+    return credit
+
+
+ESTIMATORS = {  # name: cost in metagradients, a run without derivatives being 1/3; credit
+    "naive": ("1/3", Problem.naive),
+    CENTRED: ("1/3", lambda p, o: p.naive(o) - p.probability(p.theta) @ p.naive(o)[0, :, 0]),
+    "leave one out": ("(n+1)/3", lambda p, o: p.left_out(o, [[1.0, 1]])),
+    "leave one out, per token": ("(2n+1)/3", lambda p, o: p.left_out(o, [[1.0, 1], [0, 1]])),
+    "tau": ("1", dpg_credit(False)),
+    "tau, baseline mean": ("1", dpg_credit(False, baseline="mean")),
+    "tau, baseline loo": ("1", dpg_credit(False, baseline="loo")),
+    "tau per token, discount 1": ("1", dpg_credit(True, discount=1.0)),
+    "tau per token, 1, mean": ("1", dpg_credit(True, discount=1.0, baseline="mean")),
+    "tau per token, 1, loo": ("1", dpg_credit(True, discount=1.0, baseline="loo")),
+    "tau per token, discount 0.5": ("1", dpg_credit(True, discount=0.5)),
+    "tau per token, discount 0": ("1", dpg_credit(True, discount=0.0)),
+    "influence at theta_0": ("1", lambda p, o: p.influence(o, p.start())),
+    "influence at theta_T": ("1", lambda p, o: p.influence(o, p.run(o)[2])),
+    "midpoint": ("2", lambda p, o: p.mirrored(o, MIDPOINT).sum(3)),
+    "path": ("2", lambda p, o: p.mirrored(o, PATH).sum(3)),
+    "path per token, discount 1": ("2", lambda p, o: p.advantages(p.mirrored(o, PATH), discount=1.0)),
+    "two halves": ("1", lambda p, o: p.halves(o, 0.0)),
+    "two halves, less tau": ("7/3", lambda p, o: p.halves(o, 1.0)),
+}
+
+
+# ------------------------------------------------------------------------------ table and figure
+
+def seen(problem, optimizer):
+    """Of a step of Adam at T = 1: the share of its length that answers to the weights, and the
+    fraction of coordinates with |g| < sqrt(eps_root). Both are expectations over datasets."""
+    square, root = problem.gradients().square(), optimizer.eps_root  # for T > 1: v_hat
+    step, p = (square / (square + root)).sqrt(), problem.probability(problem.theta)
+    answer = root / (square + root)  # d log(step) / d log(g): 1 as in SGD, 0 for a sign
+    return {"seen": (p @ ((step * answer).sum(1) / step.sum(1))).item(),
+            "fraction": (p @ (square < root).double().mean(1)).item()}
+
+
+def judgements(seeds, ns, Ts, optimizers, names):
+    """A judgement for each combination; optimizers is key -> function of the problem."""
+    found = []
+    for seed, n, T in itertools.product(range(seeds), ns, Ts):
+        problem = Problem(seed, n, T)
+        for key, make in optimizers.items():
+            optimizer = make(problem)
+            phi = problem.run(optimizer)[0][0]
+            extra = seen(problem, optimizer) if T == 1 and isinstance(optimizer, dpg.AdamW) else {}
+            found += [{"seed": seed, "n": n, "T": T, "optimizer": key, "estimator": name} | extra
+                      | problem.judge(phi, ESTIMATORS[name][1](problem, optimizer))
+                      for name in names]
+    return found
+
+
+def values(found, key, **which):
+    return np.array([row[key] for row in found if all(row[k] == v for k, v in which.items())])
+
+
+def noise(found, setting, name):
+    """Over that of naive, less its expectation; the median seed."""
+    return np.median(values(found, "noise", optimizer=setting, estimator=name)
+                     / values(found, "noise", optimizer=setting, estimator=CENTRED))
+
+
+def rank_correlation(x, y):
+    return np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1]
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=common.positive, default=5, help="how many random targets, "
+                        "policies and metrics (default 5)")
+    parser.add_argument("--out", default="runs/estimators", help="folder (default %(default)s)")
+    args, began = parser.parse_args(argv), time.perf_counter()
+    out = pathlib.Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out!r}: {error.strerror}")
+    torch.set_num_threads(1)  # tensors this small only make threads wait for each other
+    sgd = {lr: lambda problem, lr=lr: dpg.SGD(lr) for lr in RATES}
+    adam = {root: lambda problem, root=root: problem.adam(root) for root in ROOTS}
+    found = {"table": judgements(args.seeds, (3,), (3,), SETTINGS, ESTIMATORS),
+             "sgd": judgements(args.seeds, (3,), STEPS, sgd, ("tau", "path")),
+             "sizes": judgements(args.seeds, SIZES, (1,), adam, ("tau",)),
+             "adam": judgements(args.seeds, (3,), (3,), adam,
+                          ("tau", "midpoint", "path", "influence at theta_0"))}
+    print(f"n = T = 3, {args.seeds} seeds. Cost in metagradients; relative bias, median and worst "
+          "seed; worst cosine;\nnoise over that of naive, less its expectation, median seed.\n\n"
+          + 35 * " " + "".join(f"{name:>30}" for name in SETTINGS))
+    print(f"{'':27}{'cost':>8}" + len(SETTINGS) * f"{'bias':>9}{'worst':>7}{'cos':>6}{'noise':>8}")
+    for name, (cost, _) in ESTIMATORS.items():
+        print(f"{name:27}{cost:>8}", end="")
+        for setting in SETTINGS:
+            bias, cosine = (values(found["table"], key, optimizer=setting, estimator=name)
+                            for key in ("bias", "cosine"))
+            print(f"{np.median(bias):9.3f}{bias.max():7.3f}{cosine.min():6.2f}"
+                  f"{noise(found['table'], setting, name):8.2f}", end="")
+        print()
+    sizes = found["sizes"]
+    print("\nAdam, T = 1, bias of tau, median; share = max |d l_i / d parameter| / n\n"
+          "eps_root / share^2" + "".join(f"{root:8.0e}" for root in ROOTS))
+    for n in SIZES:
+        print(f"n = {n:<14}" + "".join(
+            f"{np.median(values(sizes, 'bias', n=n, optimizer=root)):8.3f}" for root in ROOTS))
+    correlation = {key: rank_correlation(values(sizes, key), values(sizes, "bias"))
+                   for key in ("seen", "fraction")}
+    print(f"rank correlation with the bias: share of the step that tau sees "
+          f"{correlation['seen']:.2f}, fraction of\ncoordinates with |g| < sqrt(eps_root) "
+          f"{correlation['fraction']:.2f}\n")
+    draw(found, out / "figure.png")
+    result = {"demo": "estimators", "seeds": args.seeds,
+              "seconds": round(time.perf_counter() - began, 1), "rank_correlation": correlation}
+    (out / "result.json").write_text(json.dumps(result | found) + "\n")
+    print(f"seconds     {result['seconds']}\nfiles       {out}/")
+
+
+def draw(found, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, ((sgd, sizes), (adam, bars)) = plt.subplots(2, 2, figsize=(13, 9.5))
+
+    def curve(axis, table, key, xs, color, style, label, **which):
+        each = np.array([values(found[table], key, optimizer=x, **which) for x in xs])  # (x, seed)
+        axis.plot(xs, np.median(each, 1), style, color=color, marker=".", label=label)
+        axis.fill_between(xs, each.min(1), each.max(1), alpha=0.1, color=color, lw=0)
+
+    for k, T in enumerate(STEPS):
+        for name, style in (("tau", "-"), ("path", "--")):
+            curve(sgd, "sgd", "bias", RATES, f"C{k}", style, f"{name}, T = {T}", T=T,
+                  estimator=name)
+    sgd.set(yscale="log", xlabel="learning rate", ylabel="relative bias",
+            title="SGD, n = 3: tau and path")
+    for k, n in enumerate(SIZES):
+        curve(sizes, "sizes", "bias", ROOTS, f"C{k}", "-", f"bias of tau, n = {n}", n=n)
+        curve(sizes, "sizes", "seen", ROOTS, f"C{k}", ":", f"seen, n = {n}", n=n)
+    sizes.set(title="Adam, T = 1: bias of tau, and the share of a step that it sees")
+    for k, name in enumerate(("tau", "midpoint", "path", "influence at theta_0")):
+        if name != "influence at theta_0":  # its scale is not Adam's
+            curve(adam, "adam", "bias", ROOTS, f"C{k}", "-", f"bias, {name}", estimator=name)
+        curve(adam, "adam", "cosine", ROOTS, f"C{k}", ":", f"cosine, {name}", estimator=name)
+    adam.set(title="Adam, T = 3, n = 3: bias and cosine")
+    for axis in (sizes, adam):
+        axis.set(ylim=(0, 1.65), yticks=np.arange(0, 1.3, 0.2),
+                 xlabel="eps_root / share$^2$, share = max |$\\nabla l_i$| / n")
+    for axis in (sgd, sizes, adam):
+        axis.set_xscale("log")
+        axis.legend(ncol=2, fontsize=9, loc="lower right" if axis is sgd else "upper right")
+    names = [name for name in ESTIMATORS if name != "naive"]
+    for k, setting in enumerate(SETTINGS):
+        bars.barh(np.arange(len(names)) + 0.27 * (k - 1), height=0.27, label=setting,
+                  width=[noise(found["table"], setting, name) for name in names])
+    bars.set(yticks=range(len(names)), yticklabels=names,
+             title="noise, in units of centred naive's (n = T = 3)")
+    bars.invert_yaxis()
+    bars.axvline(1, color="black", lw=0.8)
+    bars.legend(fontsize=9, loc="center right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
