@@ -1813,3 +1813,27 @@ def test_13_a_full_disk_leaves_the_last_state(shortened, demos, monkeypatch, tmp
     assert len(state["history"]) == 1
     demos["uuid"].main(["--resume", str(out)])
     assert len(rows_of(out)) == 3 and (out / "result.json").exists()
+
+
+def test_13_sample_efficiency(shortened, demos, monkeypatch, tmp_path, capsys):
+    module, ran = demo("efficiency"), []
+
+    def run(command, **_):
+        ran.append([str(word) for word in command[2:]])
+        demos[command[1].stem].main(ran[-1])
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "VARIANTS", dict(list(module.VARIANTS.items())[:2]))
+    how = ["--seeds", "2", "--steps", "2", "--demo", "sixty_seven", "--out", str(tmp_path)]
+    module.main(how)
+    assert len(ran) == 4 and sum("example" in words for words in ran) == 2
+    rows = [[json.loads(row)["pixel_accuracy"] for row in rows_of(tmp_path / f"sixty_seven-0-{i}")]
+            for i in (0, 1)]
+    assert (tmp_path / "figure.png").stat().st_size > 10_000 and max(map(max, rows)) < 1
+    assert "0 of 2 seeds" in capsys.readouterr().out
+    module.main(how)
+    assert len(ran) == 4  # what is complete is not run again
+    (tmp_path / "sixty_seven-1-0/result.json").unlink()
+    with pytest.raises(SystemExit):
+        module.main(how)
+    assert "sixty_seven-1-0" in capsys.readouterr().err
