@@ -256,8 +256,6 @@ class _Loss:
             w = _leaf(w)
             grads, _ = self._part(params, part, w, len(batch.tokens), True)
             outputs, sides = _linked(grads, adjoint)
-            if not outputs:
-                return None, total
             tau, *products = torch.autograd.grad(outputs, [w, *(params.values() if second else ())],
                                                  sides, allow_unused=True)
             taus.append(tau)

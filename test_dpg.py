@@ -1343,6 +1343,14 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
+def test_12_a_world_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check_step(a_step(2, dist.group.WORLD), a_step())
+    finally:
+        dist.destroy_process_group()
+
+
 TWO = [(False, None, SGD(0.3)), (True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2))]
 
 

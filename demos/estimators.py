@@ -15,15 +15,15 @@ trained on: truth, bias and noise are sums, nothing is sampled. What example i i
                     the second run does not see x_i, so it is exact
       less tau      and minus the tau_j of the others in H, at w_H = 0. Exact for the same reason
 
-Measured (5 random problems, 70 s on a shared CPU core, 2026). tau is the slope, at w_i = 1, of the
+Measured (5 random problems, medians; 27 s of one CPU core). tau is the slope, at w_i = 1, of the
 curve whose rise from w_i = 0 to 1 is wanted.
 
     SGD     The bias is proportional to lr: 0.003 at 0.03, 0.04 at 0.3 (n = 3, T = 1; T = 3 has 4
             times as much at small lr).
     Adam    What eps_root must not be small against is share^2, share being the largest
             |d l_i / d parameter| / n: the part of a minibatch's gradient that is one example's. The
-            bias at T = 1 is 0.01 with eps_root = 100 share^2, 0.05 with 10, 0.25 with 1 and 0.7 to
-            1 far below, at any n. With eps_root itself held, a larger n lowers it.
+            bias at T = 1 is 0.01 with eps_root = 100 share^2 and 0.05 with 10, at any n; 0.17 to
+            0.27 with 1; with share^2 / 100 it is above 0.7 for n <= 3 and 0.25 for n = 6.
     path    At two metagradients instead of one, n = T = 3: 0.012 where tau has 0.109 (SGD), 0.007
             for 0.096 (Adam, 10 share^2), 0.28 for 0.71 (Adam, share^2 / 1000: lowest cosine 0.98
             for 0.75, twice the noise).
@@ -249,7 +249,8 @@ ESTIMATORS = {  # name: cost in metagradients, a run without derivatives being 1
     "influence at theta_T": ("1", lambda p, o: p.influence(o, p.run(o)[2])),
     "midpoint": ("2", lambda p, o: p.mirrored(o, MIDPOINT).sum(3)),
     "path": ("2", lambda p, o: p.mirrored(o, PATH).sum(3)),
-    "path per token, discount 1": ("2", lambda p, o: p.advantages(p.mirrored(o, PATH), discount=1.0)),
+    "path per token, discount 1": ("2", lambda p, o: p.advantages(p.mirrored(o, PATH),
+                                                                  discount=1.0)),
     "two halves": ("1", lambda p, o: p.halves(o, 0.0)),
     "two halves, less tau": ("7/3", lambda p, o: p.halves(o, 1.0)),
 }
@@ -361,7 +362,7 @@ def draw(found, path):
             curve(sgd, "sgd", "bias", RATES, f"C{k}", style, f"{name}, T = {T}", T=T,
                   estimator=name)
     sgd.set(yscale="log", xlabel="learning rate", ylabel="relative bias",
-            title="SGD, n = 3: tau and path")
+            title="SGD, n = 3: tau and path (median and range of the seeds)")
     for k, n in enumerate(SIZES):
         curve(sizes, "sizes", "bias", ROOTS, f"C{k}", "-", f"bias of tau, n = {n}", n=n)
         curve(sizes, "sizes", "seen", ROOTS, f"C{k}", ":", f"seen, n = {n}", n=n)
