@@ -51,7 +51,12 @@ Departures from the paper, numbered, each with what it costs in bias:
 
 Where tau goes blind: at T = 1 Adam's step is g / (sqrt(g^2 + eps_root) + eps). Coordinates with |g|
 well above sqrt(eps_root) are saturated: they move by lr whatever the weights are, and add nothing
-to tau. For T > 1 read sqrt(v_hat) for |g|. Choose eps_root on the scale of squared gradients.
+to tau. `metagradient` returns how much of each step is not (`AdamW.seen`). What eps_root must not
+be small against is the square of one example's share of a minibatch's gradient, |grad l_i| / B:
+enumerated, the bias of tau is 0.05 with eps_root = 10 times that and 0.2 with 1 (T = 1,
+demos/estimators.py). Where A must have a small eps_root, tau at weights 1/2 is closer to the truth:
+a coin gives each example 1/2 or 3/2, a second run the other of the two, and an example's tau is
+that of the run where its weight is 1/2.
 
 Not here: several passes over D, learning-rate schedules or gradient clipping inside A, bfloat16.
 
@@ -114,6 +119,9 @@ class SGD:
     def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
         return {k: p - self.lr * grads[k] for k, p in params.items()}, state
 
+    def seen(self, state: dict) -> float:
+        return 1.0  # the step is proportional to the gradient
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -150,6 +158,25 @@ class AdamW:
         for k, p in params.items():
             new[k], m[k], v[k] = _AdamW.apply(p, grads[k], state["m"][k], state["v"][k], self, step)
         return new, {"step": step, "m": m, "v": v}
+
+    def seen(self, state: dict) -> float:
+        """How much of the last step still depends on the size of its gradient, 0 to 1.
+
+        At T = 1 a coordinate's step u = g / sqrt(g^2 + eps_root) has the slope s u / g, where
+        s = eps_root / (g^2 + eps_root); this is the mean of s weighted by |u|. 1 is as with SGD; at
+        0 the step is the gradient's sign, and tau is blind. For T > 1 with v_hat for g^2, m_hat for
+        g. Large tensors are measured at every k-th coordinate.
+        """
+        total, part = 0.0, 0.0
+        c2 = 1 - self.betas[1] ** state["step"]
+        for m, v in zip(state["m"].values(), state["v"].values()):
+            stride = m.numel() // 2**15 | 1  # odd: not one column of a matrix
+            m, v = (x.detach().flatten()[::stride].double() for x in (m, v))
+            square = v / c2 + self.eps_root
+            u = stride * m.abs() / square.sqrt().clamp(min=1e-300)
+            total += u.sum()
+            part += (u * self.eps_root / square.clamp(min=1e-300)).sum()
+        return float(part / total) if total > 0 else 1.0
 
 
 class _AdamW(torch.autograd.Function):
@@ -209,11 +236,7 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     n, length = examples.tokens.shape
     if weights is None:
         weights = _ones(model, (n,))
-    _check_tensor(weights, "weights", floating=True)
-    _require(weights.shape in ((n,), (n, length)),
-             f"weights must have shape {(n,)} or {(n, length)}, got {tuple(weights.shape)}")
-    _require(weights.device == examples.tokens.device, "weights must be on the model's device")
-    _require(bool(torch.isfinite(weights).all()), "weights must be finite")
+    _check_weights(weights, examples, (n,), (n, length))
     _check_optimizer(optimizer)
     params, frozen = _parameters(model)
     loss, state = _Loss(model, frozen, microbatch), optimizer.init(params)
@@ -338,16 +361,18 @@ class Attribution(NamedTuple):
     metric: float  # Phi(A(1, D))
     params: Params  # A(1, D)
     losses: Tensor  # (steps,): minibatch k's loss before update k
+    seen: Tensor | None = None  # (steps,): `AdamW.seen` of update k; below 0.9 mistrust tau
 
 
 def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
                  steps: int = 1, per_token: bool = False, method: str = "unroll",
-                 microbatch: int | None = None, checkpoint_every: int = 1, offload: bool = False,
+                 weights: Tensor | None = None, microbatch: int | None = None, checkpoint_every: int = 1, offload: bool = False,
                  group: "dist.ProcessGroup | None" = None) -> Attribution:
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
-    per-example tau. The two methods give the same numbers:
+    per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1
+    (demos/estimators.py says what for). The two methods give the same numbers:
 
     "unroll" keeps the graph of the whole run. It is the definition, and the faster one; its memory
     grows with N.
@@ -377,8 +402,9 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     for name, given in (("checkpoint_every", checkpoint_every != 1), ("offload", offload),
                         ("group", group is not None)):
         _require(not given or method == "replay", f'{name} needs method="replay"')
-    shape = examples.tokens.shape if per_token else examples.tokens.shape[:1]
-    batches = _minibatches(examples, _ones(model, shape).requires_grad_(), steps)
+    shape = tuple(examples.tokens.shape if per_token else examples.tokens.shape[:1])
+    weights = _check_weights(_ones(model, shape) if weights is None else weights, examples, shape)
+    batches = _minibatches(examples, _leaf(weights), steps)
     params, frozen = _parameters(model)
     loss = _Loss(model, frozen, microbatch, group)
 
@@ -390,7 +416,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
             found = _unroll(loss, batches, measured, optimizer, params)
         else:
             found = _replay(loss, batches, measured, optimizer, params, checkpoint_every, offload)
-    taus, phi, params, losses = found
+    taus, phi, params, losses, seen = found
     _require(any(tau is not None for tau in taus), _BLIND)
     tau = torch.cat([torch.zeros_like(w) if tau is None else tau
                      for tau, (_, w) in zip(taus, batches, strict=True)]).detach()
@@ -401,7 +427,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     if per_token:
         tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
     params = {k: p.detach() for k, p in _merge(model, params, frozen).items()}
-    return Attribution(tau, phi.item(), params, torch.stack(losses))
+    return Attribution(tau, phi.item(), params, torch.stack(losses), torch.tensor(seen))
 
 
 _BLIND = "metric does not depend on any parameter that training on the examples changes"
@@ -409,17 +435,18 @@ _BLIND = "metric does not depend on any parameter that training on the examples 
 
 def _unroll(loss, batches, metric, optimizer, params):
     """The definition: train with a graph, then differentiate the metric."""
-    state, losses = optimizer.init(params), []
+    state, losses, seen = optimizer.init(params), [], []
     for batch, w in batches:
         grads, value = loss.gradient(params, batch, w, graph=True)
         params, state = optimizer.update(params, grads, state)
         losses.append(value)
+        seen.append(optimizer.seen(state))
     _check_losses(losses)
     phi = metric(params)
     # autograd walks only the paths that end in a weight, and none passes through the initial
     # parameters: no Hessian-vector product is spent on the first step, so none at all at T = 1.
     taus = torch.autograd.grad(phi, [w for _, w in batches], allow_unused=True)
-    return taus, phi, params, losses
+    return taus, phi, params, losses, seen
 
 
 def _replay(loss, batches, metric, optimizer, params, every, offload):
@@ -431,22 +458,23 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         adjoint of z_k = (d update / d z)^T adjoint of z_{k+1} + (d g_k / d z)^T adjoint of g_k
     """
     device, starts = next(iter(params.values())).device, range(0, len(batches), every)
-    z, kept, losses = (params, optimizer.init(params)), [], []
+    z, kept, losses, seen = (params, optimizer.init(params)), [], [], []
 
     def walk(z, first):
-        """Steps first .. first + every - 1: each one's z and g, the losses, and the z after."""
-        trail, values = [], []
+        """Steps first .. first + every - 1: each one's z and g, and the z after."""
+        trail = []
         for batch, w in batches[first:first + every]:
             grads, value = loss.gradient(z[0], batch, w.detach())
             trail.append((z, grads))
-            values.append(value)
             with torch.no_grad():
                 z = optimizer.update(z[0], grads, z[1])
-        return trail, values, z
+            if len(losses) < len(batches):  # the first time
+                losses.append(value)
+                seen.append(optimizer.seen(z[1]))
+        return trail, z
 
     for first in starts:
-        trail, values, z = walk(z, first)
-        losses += values
+        trail, z = walk(z, first)
         if first != starts[-1]:
             kept.append(_map(lambda x: x.to("cpu"), trail[0]) if offload else trail[0])
     _check_losses(losses)
@@ -459,7 +487,7 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         if first != starts[-1]:
             trail = [_map(lambda x: x.to(device), kept.pop())]
             if every > 1:
-                trail, _, _ = walk(trail[0][0], first)
+                trail, _ = walk(trail[0][0], first)
         while trail:
             k = first + len(trail) - 1
             (params, state), grads = _leaf(trail.pop())
@@ -471,7 +499,7 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
             tau, products = loss.pull_back(params, *batches[k], of_g, second=k > 0)
             adjoint = [*_add(of_z[:len(params)], products), *of_z[len(params):]] if k > 0 else []
             taus.append(tau)
-    return taus[::-1], phi, trained, losses
+    return taus[::-1], phi, trained, losses, seen
 
 
 def _linked(outputs, adjoints):
@@ -902,8 +930,17 @@ def _check_tensor(value, name, floating=False):
 
 
 def _check_optimizer(optimizer):
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    if not all(hasattr(optimizer, name) for name in ("init", "update", "seen")):
         raise TypeError(f"optimizer must be SGD, AdamW or alike, got {type(optimizer).__name__}")
+
+
+def _check_weights(weights, examples, *shapes):
+    _check_tensor(weights, "weights", floating=True)
+    _require(weights.shape in shapes, f"weights must have shape {' or '.join(map(str, shapes))}, "
+             f"got {tuple(weights.shape)}")
+    _require(weights.device == examples.tokens.device, "weights must be on the model's device")
+    _require(bool(torch.isfinite(weights).all()), "weights must be finite")
+    return weights
 
 
 def _check_losses(losses):

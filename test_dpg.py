@@ -275,6 +275,10 @@ def check_differences(tau_of, model, data, metric, optimizer, steps, per_token=F
     result = tau_of(model, data, metric, optimizer, steps=steps, **extra)
     close(result.tau, central(phi, ones, 1e-3), 1e-6)
     assert abs(result.metric - phi(ones).item()) <= 1e-12
+    if tau_of is metagradient:  # at other weights too
+        elsewhere = ones + randn(9, *ones.shape).clamp(-1, 1) / 2
+        tau = metagradient(model, data, metric, optimizer, steps=steps, weights=elsewhere, **extra)
+        close(tau.tau, central(phi, elsewhere, 1e-3), 1e-6)
 
 
 @given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 3, 4]))
@@ -1845,3 +1849,49 @@ def test_13_sample_efficiency(shortened, demos, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         module.main(how)
     assert "sixty_seven-1-0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["unroll", "replay"])
+def test_13_how_much_of_a_step_is_seen(method):
+    """The reported share, of every step, against its definition; 1 for SGD."""
+    model, data = filled(Bare(), 0), batch(0, n=6)
+    run = partial(metagradient, model, data, linear(model), steps=3, method=method)
+    assert run(SGD(0.1)).seen.tolist() == [1, 1, 1]
+    b1, b2 = 0.7, 0.9
+    for root in (1e-8, 1e-3, 1e3):
+        optimizer, params, history, want = AdamW(0.1, (b1, b2), eps_root=root), start(model), [], []
+        for k, rows in enumerate(torch.arange(6).chunk(3), 1):
+            part = Examples(data.tokens[rows], data.mask[rows])
+            each = token_losses(model, params, part).sum(1).mean()
+            history.append(vector(grad(each, list(params.values()))))
+            m = sum(b1 ** (k - j) * (1 - b1) * g for j, g in enumerate(history, 1)) / (1 - b1**k)
+            v = sum(b2 ** (k - j) * (1 - b2) * g**2 for j, g in enumerate(history, 1)) / (1 - b2**k)
+            u = (m / (v + root).sqrt()).abs()
+            want.append(((root / (v + root)) @ u / u.sum()).item())
+            params = {k: p.requires_grad_() for k, p in sft(
+                model, Examples(data.tokens[:2 * k], data.mask[:2 * k]), optimizer, steps=k).items()}
+        assert run(optimizer).seen.tolist() == pytest.approx(want, rel=1e-5)
+        assert (want[0] > 0.9) == (root == 1e3) and (want[0] < 0.1) == (root == 1e-8)
+    assert AdamW(0.1).seen(AdamW(0.1).init({"p": torch.zeros(3)}) | {"step": 1}) == 1
+    large = {"p": randn(0, 300, 400)}
+    optimizer, small = AdamW(0.1, eps_root=0.1), {"p": large["p"][:64]}
+    found = [optimizer.seen(optimizer.update(x, x, optimizer.init(x))[1]) for x in (large, small)]
+    assert found[0] == pytest.approx(found[1], rel=0.02)  # a sample of the coordinates
+
+
+def test_13_estimators(monkeypatch, tmp_path, capsys):
+    """The demo on few problems: what is exact is, and half weights are closer than tau."""
+    module = demo("estimators")
+    for name, value in (("SIZES", (1, 2)), ("STEPS", (1,)), ("RATES", (0.3,)),
+                        ("ROOTS", (1e-3, 10.0)), ("SETTINGS", dict([*module.SETTINGS.items()][:1]))):
+        monkeypatch.setattr(module, name, value)
+    module.main(["--seeds", "1", "--out", str(tmp_path)])
+    found = {row["estimator"]: row["bias"] for row in
+             json.loads((tmp_path / "result.json").read_text())["table"] if row["n"] > 1}
+    exact = [name for name in found if name.startswith(("naive", "leave one out", "two halves"))]
+    assert len(exact) >= 5 and all(found[name] < 1e-10 for name in exact)
+    assert max(found["midpoint"], found["path"]) < found["tau"] / 3
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--seeds", "1", "--out", str(tmp_path / "result.json")])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
