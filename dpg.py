@@ -366,8 +366,8 @@ class Attribution(NamedTuple):
 
 def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
                  steps: int = 1, per_token: bool = False, method: str = "unroll",
-                 weights: Tensor | None = None, microbatch: int | None = None, checkpoint_every: int = 1, offload: bool = False,
-                 group: "dist.ProcessGroup | None" = None) -> Attribution:
+                 weights: Tensor | None = None, microbatch: int | None = None,
+                 checkpoint_every: int = 1, offload: bool = False, group: "dist.ProcessGroup | None" = None) -> Attribution:
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
@@ -931,7 +931,8 @@ def _check_tensor(value, name, floating=False):
 
 def _check_optimizer(optimizer):
     if not all(hasattr(optimizer, name) for name in ("init", "update", "seen")):
-        raise TypeError(f"optimizer must be SGD, AdamW or alike, got {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must have init, update and seen, as SGD and AdamW have, got "
+                        f"{type(optimizer).__name__}")
 
 
 def _check_weights(weights, examples, *shapes):

@@ -43,6 +43,9 @@ PLAIN, UNROLL = "plain SFT", "unroll"
 
 def main(argv=None):
     args = parse(argv)
+    on = (torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else
+          platform.processor() or platform.machine())
+    print(f"torch {torch.__version__} on {on}, {torch.get_num_threads()} threads")
     runs = [measure(args, width, T) for width in args.width for T in args.steps]
     most, width, sweep = max(args.steps), args.width[-1], []
     print(f"\nMB against T, at width {width} and {args.examples // most} rows a step; of these, "
@@ -60,7 +63,7 @@ def main(argv=None):
                  if row["variant"] in spacings(args, run["steps"]))
         print(f"width {run['width']}, T = {run['steps']}: attribution of a run takes its SFT's "
               f"time {', '.join(costs)}")
-    report = vars(args) | {"torch": torch.__version__, "device": device_name(args.device),
+    report = vars(args) | {"torch": torch.__version__, "device": on,
                            "threads": torch.get_num_threads(), "runs": runs, "sweep": sweep}
     (args.out / "result.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
     draw(runs, sweep, args.out / "figure.png")
@@ -201,7 +204,7 @@ def measure(args, width, T):
     at, ways, taus = problem(args, width, args.examples), variants(args, T), {}
     size = sum(p.numel() for p in at[0].parameters())
     print(f"\nwidth {width}, {size / 1e6:.2f} M parameters, T = {T}, {args.examples // T} rows of "
-          f"{args.length} tokens a step, {device_name(args.device)}\n"
+          f"{args.length} tokens a step\n"
           f"{'':24} {'seconds':>8} {'x plain':>8} {'MB':>8} {'x plain':>8} {'tau off':>8}")
     for name in list(ways):  # unmeasured: the first run of each is slower
         try:
@@ -209,7 +212,7 @@ def measure(args, width, T):
         except Exception as error:
             if name not in ("TorchOpt", "higher"):
                 raise
-            print(f"  {name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"  {name} is left out: {type(error).__name__} {str(error)[:60]!r}")
             del ways[name]
     times = [{name: seconds(run, at, args.device) for name, run in ways.items()}
              for _ in range(args.repeats)]
@@ -260,21 +263,12 @@ def peak(args, width, n, T, name):
 
 def resident(args, width, n, T, name):
     """`peak` of resident memory, in a process that has run nothing else."""
-    def highest():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
     at, run = problem(args, width, n), variants(args, T)[name]
     run(*problem(args, 64, T, layers=1, length=2))  # what is loaded at the first use is no cost
-    before = highest()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(*at)
-    return highest() - before
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return more / (1e6 if sys.platform == "darwin" else 1e6 / 1024)  # bytes on macOS, else KiB
 
 
 def draw(runs, sweep, path):
