@@ -190,7 +190,8 @@ class _AdamW(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, g, m, v, o, step):
         (b1, b2), c1, c2 = o.betas, 1 - o.betas[0] ** step, 1 - o.betas[1] ** step
-        ctx.eps, ctx.rate, ctx.keep = c2**0.5 * o.eps, o.lr * c2**0.5 / c1, 1 - o.lr * o.weight_decay
+        ctx.eps, ctx.rate = c2**0.5 * o.eps, o.lr * c2**0.5 / c1
+        ctx.keep = 1 - o.lr * o.weight_decay
         ctx.betas, ctx.smooth = (b1, b2), o.eps_root > 0
         m = m.lerp(g, 1 - b1)
         v = torch.addcmul(b2 * v, g, g, value=1 - b2)
@@ -367,7 +368,8 @@ class Attribution(NamedTuple):
 def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
                  steps: int = 1, per_token: bool = False, method: str = "unroll",
                  weights: Tensor | None = None, microbatch: int | None = None,
-                 checkpoint_every: int = 1, offload: bool = False, group: "dist.ProcessGroup | None" = None) -> Attribution:
+                 checkpoint_every: int = 1, offload: bool = False,
+                 group: "dist.ProcessGroup | None" = None) -> Attribution:
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
@@ -542,8 +544,8 @@ def _measure(metric, params):
              "metric must return a tensor with one element")
     _require(phi.requires_grad, _BLIND)
     if not torch.isfinite(phi):
-        raise NotFinite(f"metric is {phi.item()} after the last step of the inner run; is it defined "
-                        "for these parameters? Otherwise lower lr")
+        raise NotFinite(f"metric is {phi.item()} after the last step of the inner run; is it "
+                        "defined for these parameters? Otherwise lower lr")
     return phi.reshape(())
 
 
@@ -577,7 +579,8 @@ class Rollouts(NamedTuple):
 
     def examples(self, start: int) -> Examples:
         """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
-        _require(_is_whole(start) and 0 <= start < 2**31, f"start must be a token id, got {start!r}")
+        _require(_is_whole(start) and 0 <= start < 2**31,
+                 f"start must be a token id, got {start!r}")
         tokens = F.pad(self.tokens, (1, 0), value=start)
         return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
 
@@ -874,8 +877,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         loss = policy_gradient_loss(log_probs, part_credit, part.mask, entropy=entropy,
                                     entropy_coef=entropy_coef, kl=kl, kl_coef=kl_coef)
         (loss * len(part_credit) / len(credit)).backward()
-        totals += torch.stack([entropy.sum(), kl.sum() if kl is not None else entropy.sum() * math.nan,
-                               part.mask.sum()]).detach()
+        kl = entropy * math.nan if kl is None else kl
+        totals += torch.stack([entropy.sum(), kl.sum(), part.mask.sum()]).detach()
     for name, p in policy.named_parameters():
         if p.grad is not None and not torch.isfinite(p.grad).all():
             raise NotFinite(f"the policy's gradient of {name} is not finite: its own training "
@@ -1018,10 +1021,11 @@ def _check_tokens(model, tokens, name, length):
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", max(sizes, default=math.inf))
-    _require(bool((tokens < vocabulary).all() and (tokens >= 0).all()), f"{name}: token ids must be "
-             f"0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    _require(bool((tokens < vocabulary).all() and (tokens >= 0).all()), f"{name}: token ids must "
+             f"be 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
     places = getattr(config, "max_position_embeddings", math.inf)
-    _require(length <= places, f"{name}: {length} tokens in a row exceed the model's {places} places")
+    _require(length <= places,
+             f"{name}: {length} tokens in a row exceed the model's {places} places")
 
 
 def _check_rollouts(model, rollouts):

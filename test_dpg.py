@@ -1400,7 +1400,8 @@ def test_12_real_models(tmp_path, name, options):
 
     wanted = central(phi, ones, 1e-2)
     for method in ("unroll", "replay"):
-        close(metagradient(model, data, metric, optimizer, steps=2, method=method).tau, wanted, 1e-3)
+        tau = metagradient(model, data, metric, optimizer, steps=2, method=method).tau
+        close(tau, wanted, 1e-3)
     assert error(first_order(model, data, metric, optimizer, steps=2).tau, wanted) > 5e-3
     policy = model.float()
     rollouts = generate(policy, prompts_of([1], [2, 1, 1]), samples=2, max_new_tokens=3, seed=0)
@@ -1583,8 +1584,8 @@ def test_12_chats_and_the_papers_preset(shortened, demos, monkeypatch, tmp_path)
                              steps=steps) or found.parse_args(["--preset", "paper"])
         assert (args.steps, args.credit, args.baseline, args.generator, args.target) == (
             steps, "example", "group", common.LLAMA, common.LLAMA)
-        result, metrics = shortened(name, "--preset", "paper", "--generator", tiny, "--target", tiny,
-                                    "--microbatch", "8", "--steps", "1")
+        result, metrics = shortened(name, "--preset", "paper", "--generator", tiny, "--target",
+                                    tiny, "--microbatch", "8", "--steps", "1")
         assert result["credit"] == "example" and metrics[0]["kl"] is None and len(metrics) == 1
     assert common.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)
 

@@ -92,8 +92,8 @@ def preset(p, *, steps):
     p.paper = dict(generator=LLAMA, target=LLAMA, steps=steps, credit="example", baseline="group",
                    microbatch=16)
     p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
-                   help="paper: its models, prompts a step, steps and learning rates, other options "
-                   "come after; wants a GPU of 80 GB or several (default laptop)")
+                   help="paper: its models, prompts a step, steps and learning rates, where no "
+                   "other option says otherwise; wants a GPU of 100 GB (default laptop)")
 
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
