@@ -1896,3 +1896,24 @@ def test_13_estimators(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--seeds", "1", "--out", str(tmp_path / "result.json")])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@slow
+def test_13_benchmark(tmp_path, capsys):
+    """On a tiny problem: every variant is timed, and all attribute the same."""
+    benchmark = demo("benchmark")
+    how = ("--width 16 --layers 1 --length 8 --examples 4 --repeats 1 --checkpoint-every 1 2 "
+           "--microbatch 1 --steps").split()
+    benchmark.main([*how, "2", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for run in result["runs"]:
+        assert len(run["variants"]) >= 4
+        for row in run["variants"]:
+            assert row["seconds"] > 0 and row["MB"] >= 0
+            if row["variant"] != "plain SFT":
+                assert row["tau_off"] < 1e-4
+    for wrong in ("--steps 3", "--width 100", "--length 1", "--repeats 0", "--checkpoint-every"):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(wrong.split())
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -275,7 +275,7 @@ def draw(runs, sweep, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    names = list(dict.fromkeys(row["variant"] for run in runs for row in run["variants"]))
+    names = max(([row["variant"] for row in run["variants"]] for run in runs), key=len)
     for axis, key, what in zip(axes, ("time_ratio", "memory_ratio"), ("time", "extra memory")):
         for i, run in enumerate(runs):
             found, thick = {row["variant"]: row[key] for row in run["variants"]}, 0.8 / len(runs)
