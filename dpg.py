@@ -332,7 +332,7 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
     exist for so many rows at a time, and are computed again in the backward pass.
     """
     _check_examples(examples, "examples", model)
-    _check_count(microbatch, "microbatch")
+    _check_microbatch(microbatch)
     count = examples.mask.sum()
 
     def total(params: Params, part: Examples) -> Tensor:
@@ -397,7 +397,6 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     _check_optimizer(optimizer)
     _require(callable(metric), "metric must be a function of the parameters")
     _require(method in ("unroll", "replay"), f'method must be "unroll" or "replay", got {method!r}')
-    _require(checkpoint_every is not None, "checkpoint_every must be a whole number, at least 1")
     _check_count(checkpoint_every, "checkpoint_every")
     _check_flag(per_token, "per_token")
     _check_flag(offload, "offload")
@@ -601,11 +600,10 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     used.
     """
     tokens, mask = _check_prompts(prompts)
-    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-        _require(value is not None, f"{name} must be a whole number, at least 1, got None")
-        _check_count(value, name)
+    _check_count(samples, "samples")
+    _check_count(max_new_tokens, "max_new_tokens")
     _check_number(temperature, "temperature")
-    _check_count(microbatch, "microbatch")
+    _check_microbatch(microbatch)
     _check_policy(model)
     _check_tokens(model, tokens, "prompts", tokens.shape[1] + max_new_tokens - 1)
     seeds = _prompt_seeds(seed, len(tokens)) if _is_whole(seed) else seed
@@ -847,11 +845,11 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     the group): it writes for every K-th prompt, attributes its own rows, and all make the same
     update from all rewards.
     """
-    share = slice(None)
-    if group is not None:
-        share = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, mask = _check_prompts(prompts)
-    _check_shares(len(tokens), group)
+    _require(len(tokens) % world == 0,
+             f"prompts must be a multiple of the {world} processes, got {len(tokens)}")
+    share = slice(rank, None, world)
     rollouts = generate(policy, (tokens[share], mask[share]), samples=samples,
                         max_new_tokens=max_new_tokens, temperature=temperature,
                         seed=_prompt_seeds(seed, len(tokens))[share],
@@ -879,13 +877,13 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         (loss * len(part_credit) / len(credit)).backward()
         kl = entropy * math.nan if kl is None else kl
         totals += torch.stack([entropy.sum(), kl.sum(), part.mask.sum()]).detach()
-    for name, p in policy.named_parameters():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            raise NotFinite(f"the policy's gradient of {name} is not finite: its own training "
-                            "diverged (lower the rate of policy_optimizer); nothing was changed")
     if group is not None:
         for x in (totals, *(p.grad for p in policy.parameters() if p.grad is not None)):
             dist.all_reduce(x, group=group)
+    for name, p in policy.named_parameters():  # summed: all processes stop, or none
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise NotFinite(f"the policy's gradient of {name} is not finite: its own training "
+                            "diverged (lower the rate of policy_optimizer); nothing was changed")
     policy_optimizer.step()
     entropy, kl = (totals[:2] / totals[2]).tolist()
     return StepResult(every, attribution, credit, entropy, kl)
@@ -994,13 +992,13 @@ def _check_examples(examples, name, model):
 
 
 def _check_count(value, name):
-    _require(value is None or _is_whole(value) and 1 <= value < 2**31,
+    _require(_is_whole(value) and 1 <= value < 2**31,
              f"{name} must be a whole number, at least 1, got {value!r}")
 
 
-def _check_shares(n, group):
-    world = 1 if group is None else dist.get_world_size(group)
-    _require(n % world == 0, f"prompts must be a multiple of the {world} processes, got {n}")
+def _check_microbatch(value):
+    if value is not None:
+        _check_count(value, "microbatch")
 
 
 def _check_padding(model, examples, name):
@@ -1045,7 +1043,7 @@ def _check_rollouts(model, rollouts):
 
 def _check_run(model, examples, steps, microbatch=None, group=None):
     _check_examples(examples, "examples", model)
-    _check_count(microbatch, "microbatch")
+    _check_microbatch(microbatch)
     if group is not None:
         shapes = [None] * dist.get_world_size(group)
         dist.all_gather_object(shapes, tuple(examples.tokens.shape), group=group)

@@ -1,8 +1,8 @@
 """Which credit, baseline and inner optimizer learns from the fewest samples?
 
 Runs demos/sixty_seven.py and demos/uuid.py with their defaults and with one choice changed at a
-time, over several seeds, and draws how fast each learns. A run that is complete in the folder is not
-run again; several of these can run side by side on one folder.
+time, over several seeds, and draws how fast each learns. A run that is complete in the folder is
+not run again; several of these can run side by side on one folder.
 
 The measure is of a step's samples at temperature 1: pixel accuracy 1.0 for "67", and for the UUID
 half of the samples exact (the entropy bonus keeps most seeds below 0.9 for good; their greedy
