@@ -47,6 +47,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import signal
@@ -1818,7 +1819,24 @@ def test_13_refused_before_work_is_done():
         generate(model, prompts_of([1]), samples=1, max_new_tokens=1, seed=0)
 
 
-def test_13_nothing_in_a_checkpoint_is_executed(tmp_path):
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_13_nothing_in_a_checkpoint_is_executed(demos, tmp_path):
+    common, folder = demos["uuid"].common, tmp_path / "run"
+    lab = common.Lab(common.parser("demo.py", "", steps=0, target="fresh"), ["--out", str(folder)])
+    lab.args.resume = str(folder)
+    torch.save({"policy": Evil(tmp_path / "touched")}, folder / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        lab.restore(None, None)
+    assert not (tmp_path / "touched").exists()
+    torch.load(folder / "checkpoint.pt", weights_only=False)
+    assert (tmp_path / "touched").exists()  # it would have been
     for path in (ROOT / "dpg.py", *(ROOT / "demos").glob("*.py")):
         text = path.read_text()
         assert "trust_remote_code" not in text and "pickle" not in text, path
