@@ -1315,9 +1315,10 @@ def test_12_what_is_written_does_not_depend_on_the_company():
     assert not torch.equal(same.tokens[:4], same.tokens[4:])
 
 
-def a_step(microbatch=None, group=None):
+def a_step(microbatch=None, group=None, spoil=lambda policy: None):
     """One dpg_step of a fresh policy, and its parameters after."""
     policy, reference = gpt2(4, seed=3), gpt2(4, seed=4)
+    spoil(policy)
     reward = partial(metagradient, filled(Bare(5), 5), optimizer=AdamW(0.1, eps_root=0.1), steps=2,
                      metric=lm_metric(filled(Bare(5), 5), WANTED), per_token=True, method="replay",
                      microbatch=microbatch, group=group)
@@ -1360,7 +1361,13 @@ def process(rank, folder):
                      group=group)
     except ValueError as error:
         refused = str(error)
-    torch.save((found, a_step(2, group), refused), f"{folder}/{rank}.pt")
+    step, stopped = a_step(2, group), None
+    try:  # NaN in one process only
+        a_step(2, group, lambda policy: rank and next(policy.parameters()).register_hook(
+            lambda g: g * NAN))
+    except dpg.NotFinite as error:
+        stopped = str(error)
+    torch.save((found, step, refused, stopped), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -1382,13 +1389,13 @@ def test_12_two_processes_are_one(tmp_path):
     for i, (per_token, _, optimizer) in enumerate(TWO):
         want = metagradient(gpt2(), batch(0, n=8), lm_metric(gpt2(), batch(9)), optimizer, steps=4,
                             per_token=per_token)
-        for rank, (found, _, _) in enumerate(results):
+        for rank, (found, *_) in enumerate(results):
             close(found[i].tau, want.tau[rank::2], 1e-10)
             close(flat(found[i].params), flat(want.params), 1e-10)
             close(found[i].losses, want.losses, 1e-10)
-    for _, step, refused in results:
+    for _, step, refused, stopped in results:
         check_step(step, a_step())
-        assert "one shape" in refused
+        assert "one shape" in refused and "wte" in stopped
 
 
 REAL = [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {}),
