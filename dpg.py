@@ -843,7 +843,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
 
     With a process `group` each process calls this with the same arguments (and `reward` bound to
     the group): it writes for every K-th prompt, attributes its own rows, and all make the same
-    update from all rewards.
+    update from all rewards. With T minibatches K must divide the prompts of each, or they are not
+    those of a single process.
     """
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, mask = _check_prompts(prompts)

@@ -203,7 +203,7 @@ class Lab:
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
         self.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.group, self.rank = None, 0
+        self.group, self.rank, self.error = None, 0, arguments.error
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by torchrun
             if args.reward != "dpg":
                 arguments.error("--reward: the controls run in one process")
@@ -212,8 +212,6 @@ class Lab:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.group, self.rank = dist.group.WORLD, dist.get_rank()
-            if PROMPTS % dist.get_world_size():
-                arguments.error(f"the number of processes must divide {PROMPTS}")
         try:
             self.policy, self.tokenizer = self.load(args.generator)
             self.target_tokenizer = self.tokenizer
@@ -398,6 +396,9 @@ class Lab:
         The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
         so that each of the `steps` inner minibatches has equally many, and two at least."""
         prompts = steps * max(2, round(prompts / steps))
+        if self.group is not None and prompts // steps % dist.get_world_size():
+            self.error(f"the number of processes must divide {prompts // steps}, the prompts of a "
+                       "minibatch")
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
@@ -444,6 +445,8 @@ class Lab:
 
     def checkpoint(self, optimizer, decay, history):
         """All that the next step depends on."""
+        if self.rank > 0:
+            return
         buffer = io.BytesIO()
         torch.save({"policy": self.policy.state_dict(), "optimizer": optimizer.state_dict(),
                     "decay": decay.state_dict(), "rng": self.rng.getstate(),

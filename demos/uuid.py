@@ -61,9 +61,10 @@ def main(argv=None):
     args = lab.args
     wanted = lab.examples([args.uuid])
     length = lab.length([args.uuid]) - 1  # a rollout has room for the UUID and no more
-    settings = SETTINGS | {"max_new_tokens": length} if args.preset == "laptop" else common.PAPER
+    settings, adam = SETTINGS | {"max_new_tokens": length}, INNER
+    if args.preset == "paper":
+        settings, adam = common.PAPER, common.PAPER_INNER
     length, metric = settings["max_new_tokens"], lab.likelihood(wanted)
-    adam = INNER if args.preset == "laptop" else common.PAPER_INNER
     inner = adam if args.inner == "adam" else dpg.SGD(SGD_LR)
 
     def observe(result):
