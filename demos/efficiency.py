@@ -98,9 +98,9 @@ def draw(found, path):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), squeeze=False)
     for axis, (demo, variants) in zip(axes[0], found.items()):
-        for variant, rows in variants.items():
+        for (variant, rows), style in zip(variants.items(), ("-", "--", "-.", ":")):
             mean, std = rows.mean(0), rows.std(0)
-            line, = axis.plot(mean, label=variant)
+            line, = axis.plot(mean, style, label=variant)  # styles: two may coincide at zero
             axis.fill_between(range(len(mean)), mean - std, mean + std, alpha=0.15,
                               color=line.get_color())
         axis.set(title=f"demos/{demo}.py", xlabel="generator step", ylim=(-0.02, 1.02),

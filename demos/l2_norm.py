@@ -73,7 +73,7 @@ def draw(history, control, after, result, path):
         axis.plot(steps, after[multiple], label="trained generator's text")
         axis.axhline(result["norm_before"], color="black", lw=0.8, ls=":")
         axis.set(title=f"validation, learning rate x {multiple}", xlabel="step of plain AdamW")
-    axes[1].legend(loc="lower left")
+    axes[-1].legend(loc="center right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

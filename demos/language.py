@@ -158,7 +158,8 @@ def draw(history, prompts, said, says, result, path):
     right.set_ylabel("bigram entropy of a step's samples, nats (grey)", color="grey")
     lines = [f"step {row['step']:4d}   {row['sample']}" for row in common.spread(history, 6)]
     lines += ["", f"held-out prompt         {prompts[0]}",
-              f"answer, greedy, before  {said[0]}", f"answer, greedy, after   {says[0]}"]
+              f"answer, greedy, before  {said[0].strip()}",
+              f"answer, greedy, after   {says[0].strip()}"]
     common.write(bottom, lines)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

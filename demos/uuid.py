@@ -124,7 +124,7 @@ def draw(history, said, says, result, path):
     top.plot(steps, [row["exact"] for row in history], label="Exact (whole UUID)")
     top.set(ylabel="share, samples at temperature 1", ylim=(-0.02, 1.02),
             title=f"The generator learns to write {result['uuid']}")
-    top.legend(loc="lower right")
+    top.legend(loc="upper left")
     right = top.twinx()
     right.plot(steps, [row["phi"] for row in history], color="grey", lw=1)
     right.set_ylabel("Phi, nats per token (grey)", color="grey")
