@@ -6,6 +6,7 @@ Claim: after 96 steps of plain AdamW on fresh text the head's norm, 45.42, is 0.
 the same on the untrained generator's text (five seeds, standard error 0.001), in 47 to 53 s each on
 one of two shared CPU cores, November 2026. Noisier text shrinks the head too, a little: rewarding
 with Phi itself, or with DPG's rewards shuffled, ends 0.011 and 0.009 lower (3 seeds each).
+Samples are seeded in another way since; the README says what was measured again.
 """
 import pathlib
 import sys

@@ -9,6 +9,7 @@ Claim: 0.998 to 1.000 of the pixels right after 96 steps of plain AdamW on fresh
 read, for five seeds of five, in 9.5 to 12.6 minutes each on one of two shared CPU cores, November
 2026. Rewarding with Phi itself, or with DPG's rewards shuffled, leaves 0.46 to 0.51 of the pixels
 right (3 seeds each): chance.
+Samples are seeded in another way since; the README says what was measured again.
 """
 import pathlib
 import sys
