@@ -30,6 +30,7 @@ from demos import corpus
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 PROMPTS, SAMPLES, HELD_OUT = 64, 4, 64  # N = 256 rollouts a step; prompts kept for the scores
 ANSWER = 40  # tokens: no demo writes more
+ROWS = 512  # are written at a time in a check
 
 # For metrics of the target's weights (sections 4.1 to 4.3). Their check is 96 steps of plain AdamW
 # on fresh text, at the rate that moves the head by as much of its scale as the paper's steps do,
@@ -488,13 +489,14 @@ class Lab:
     def rollouts(self, policy, texts, *, max_new_tokens, temperature=1.0, samples=1, step=-1):
         return dpg.generate(policy, self.prompts(texts), samples=samples, seed=self.seed(step),
                             max_new_tokens=max_new_tokens, temperature=temperature,
-                            microbatch=self.args.microbatch)
+                            microbatch=self.args.microbatch or ROWS)
 
     def fresh_data(self, policy, *, batch, steps, max_new_tokens, temperature=1.0):
         """`steps` batches of what the policy writes for held-out prompts."""
-        return [self.encode(self.rollouts(
-            policy, self.fresh_texts(batch // SAMPLES, step), samples=SAMPLES, step=-2 - step,
-            max_new_tokens=max_new_tokens, temperature=temperature)) for step in range(steps)]
+        written = self.encode(self.rollouts(
+            policy, self.fresh_texts(steps * batch // SAMPLES), samples=SAMPLES, step=-2,
+            max_new_tokens=max_new_tokens, temperature=temperature))
+        return [dpg.Examples(*part) for part in zip(*(x.chunk(steps) for x in written))]
 
     def sft(self, batches, *, lr):
         """Ordinary SFT of a copy of the target: torch.optim.AdamW and the model's own loss.
@@ -525,9 +527,9 @@ class Lab:
         """The last value of each curve of `check`, named for result.json."""
         return {name + (f"_{m}x" if m > 1 else ""): curve[-1] for m, curve in curves.items()}
 
-    def fresh_texts(self, n, step):
+    def fresh_texts(self, n):
         """Held-out sentences for the check, the same for every generator."""
-        rng = random.Random(self.seed(step))
+        rng = random.Random(self.seed(0))
         if self.args.prompts:
             return rng.choices(self.held_out, k=n)
         return [corpus.render(f, "en", rng) for f in corpus.frames(rng, n, held_out=True)]

@@ -154,7 +154,8 @@ class Problem:
         bank, data = self.bank(M * D)
         w = weights.reshape(M, 1, self.n, -1).expand(M, D, self.n, 2).double().clone()
         rows = nn.functional.pad(M * D * w.requires_grad_(), (1, 0)).flatten(0, 2)
-        params = dpg.sft(bank, data, optimizer, weights=rows.repeat(self.T, 1), steps=self.T)
+        params = dpg.sft(bank, data, optimizer, weights=rows.repeat(self.T, 1), steps=self.T,
+                         microbatch=len(data.tokens))  # the bank takes no part of a batch
         phi = self.phi(params)
         return phi.detach().view(M, D), grad(phi.sum(), w)[0], params
 
@@ -166,7 +167,8 @@ class Problem:
         scaled = {"lr": optimizer.lr * D} if isinstance(optimizer, dpg.SGD) else {
             "eps": optimizer.eps / D, "eps_root": optimizer.eps_root / D**2}
         result = dpg.metagradient(bank, data, lambda params: (metric or self.phi)(params).sum(),
-                                  replace(optimizer, **scaled), steps=self.T, per_token=True)
+                                  replace(optimizer, **scaled), steps=self.T, per_token=True,
+                                  microbatch=len(data.tokens))
         return result.tau.view(self.T, 1, D, self.n, 3).sum(0)[..., 1:]
 
     def start(self):

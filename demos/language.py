@@ -68,9 +68,9 @@ def main(argv=None):
 
     # Of the meanings that no pretraining saw, those that a check asks for stay out of Phi, and out
     # of the test sentences; so the three have none in common.
-    prompts = lab.fresh_texts(SCORED, 0)
-    asked = {corpus.parse(text, "en") for text in itertools.chain(prompts, *(
-        lab.fresh_texts(SFT_BATCH // common.SAMPLES, step) for step in range(SFT_STEPS)))}
+    prompts = lab.fresh_texts(SCORED)
+    asked = {corpus.parse(text, "en")
+             for text in prompts + lab.fresh_texts(SFT_STEPS * SFT_BATCH // common.SAMPLES)}
     frames = [frame for frame in map(corpus.Frame._make, itertools.product(*map(
         range, corpus.SIZES))) if corpus.is_held_out(frame) and frame not in asked]
     lab.rng.shuffle(frames)
@@ -93,7 +93,7 @@ def main(argv=None):
         """Everything that is measured before and after, and the greedy answers."""
         greedy, sampled = (lab.texts(lab.rollouts(
             policy, prompts, max_new_tokens=length, temperature=t)) for t in (0, 1))
-        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"], 0),
+        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"]),
                                        samples=common.SAMPLES, max_new_tokens=length))
         found = scores(greedy, prompts, language)
         found |= {f"{name}_sampled": value

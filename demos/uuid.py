@@ -78,7 +78,7 @@ def main(argv=None):
         """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
         greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length)
         exact, soft = scores(lab.texts(greedy), args.uuid)
-        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"], 0),
+        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"]),
                                        samples=common.SAMPLES, max_new_tokens=length))
         phi = metric(lab.trained(data, inner, T)).item()
         fresh = lab.fresh_data(policy, batch=len(data.tokens) // T, steps=10 * T,
