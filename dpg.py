@@ -649,14 +649,14 @@ def _prompt_seeds(seed, n):
 
 def _gumbel(temperature, samples, seeds, device):
     """Turns the choice of the largest logit into a sample from softmax(logits / temperature):
-    argmax_j (logit_j / temperature - log e_j), where the e_j are exponential (Gumbel-max)."""
+    argmax_j (logit_j / temperature - log(-log u_j)), where the u_j are uniform (Gumbel-max)."""
     streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def perturbed(_, logits):  # (rows, V)
         noise = torch.empty_like(logits)
         for rows, stream in zip(noise.split(samples), streams, strict=True):
-            rows.exponential_(generator=stream)
-        return logits / float(temperature) - noise.log()
+            rows.uniform_(generator=stream)
+        return logits / float(temperature) - noise.log_().neg_().log_()
 
     return perturbed
 
@@ -685,13 +685,14 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     chosen = log_pi.gather(2, rollouts.tokens[..., None])[..., 0] * mask
     if not entropy and reference is None:
         return chosen
-    spread = -(log_pi.exp() * log_pi).sum(2) * mask if entropy else None
+    pi = log_pi.exp()
+    spread = -(pi * log_pi).sum(2) * mask if entropy else None
     kl = None
     if reference is not None:
         _check_policy(reference)
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(2) * mask
+        kl = (pi * (log_pi - log_ref)).sum(2) * mask
     return TokenLogProbs(chosen, spread, kl)
 
 

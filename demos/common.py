@@ -392,7 +392,7 @@ class Lab:
     @one_line
     def train(self, reward, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
               entropy_coef, temperature=1.0, prompts=PROMPTS):
-        """--steps times dpg_step; observe(result) gives a step's numbers, kept in metrics.jsonl.
+        """--steps times dpg_step; observe(step, result) gives its numbers, kept in metrics.jsonl.
 
         The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
         so that each of the `steps` inner minibatches has equally many, and two at least."""
@@ -421,7 +421,7 @@ class Lab:
                 reference=self.reference if kl_coef else None, microbatch=self.args.microbatch,
                 group=self.group)
             decay.step()
-            history.append({"step": step, "phi": result.attribution.metric, **observe(result),
+            history.append({"step": step, "phi": result.attribution.metric, **observe(step, result),
                             "entropy": result.entropy, "kl": result.kl if kl_coef else None})
             if self.rank == 0:
                 with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:

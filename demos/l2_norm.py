@@ -37,7 +37,7 @@ def main(argv=None):
     def norm(params):
         return params[head].norm().item()
 
-    def observe(result):
+    def observe(step, result):
         return {"norm": round(-result.attribution.metric, 3)}
 
     control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)

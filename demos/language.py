@@ -103,7 +103,7 @@ def main(argv=None):
         fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=length)
         return found, perplexity(fresh), greedy
 
-    def observe(result):
+    def observe(step, result):
         texts = lab.texts(result.rollouts)
         return {"fraction": sum(corpus.in_language(text, language) for text in texts) / len(texts),
                 "bigram_entropy": bigram_entropy(texts), "sample": texts[0]}

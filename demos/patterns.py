@@ -128,7 +128,7 @@ def run(arguments, argv, default, *, more=lambda args, picture: {}):
     args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
     canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
 
-    def observe(result):
+    def observe(step, result):
         params = result.attribution.params
         if not params:  # the naive reward trains four copies, and keeps none
             params = lab.trained(lab.encode(result.rollouts), inner, T)

@@ -68,23 +68,30 @@ def main(argv=None):
     length, metric = settings["max_new_tokens"], lab.likelihood(wanted)
     inner = adam if args.inner == "adam" else dpg.SGD(SGD_LR)
 
-    def observe(result):
+    def greedy(policy):
+        """Answers to held-out prompts at temperature 0, which the paper scores."""
+        return lab.texts(lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length))
+
+    def observe(step, result):
         texts = lab.texts(result.rollouts)
         exact, soft = scores(texts, args.uuid)
         best = max(texts, key=lambda text: longest(text, args.uuid))
-        return {"exact": exact, "soft": soft, "best": best}
+        found = {"exact": exact, "soft": soft, "best": best}
+        if step % 5 == 0:
+            found["exact_held_out"], found["soft_held_out"] = scores(greedy(lab.policy), args.uuid)
+        return found
 
     def check(policy):
-        """Scores of greedy answers to held-out prompts, Phi(A(D)), and the ordinary SFT."""
-        greedy = lab.rollouts(policy, lab.held_out, temperature=0, max_new_tokens=length)
-        exact, soft = scores(lab.texts(greedy), args.uuid)
+        """Scores of greedy answers, Phi(A(D)), the ordinary SFT, and the first answer."""
+        answers = greedy(policy)
+        exact, soft = scores(answers, args.uuid)
         data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"]),
                                        samples=common.SAMPLES, max_new_tokens=length))
         phi = metric(lab.trained(data, inner, T)).item()
         fresh = lab.fresh_data(policy, batch=len(data.tokens) // T, steps=10 * T,
                                max_new_tokens=length)
         loglik = [metric(params).item() for params in lab.sft(fresh, lr=adam.lr)]
-        return exact, soft, phi, (loglik[T - 1], loglik[-1]), lab.texts(greedy)[0]
+        return exact, soft, phi, (loglik[T - 1], loglik[-1]), answers[0]
 
     before = check(lab.reference)
     history = lab.train(lab.reward(metric, inner, T), observe, show="best", steps=T, **settings)
@@ -123,7 +130,10 @@ def draw(history, said, says, result, path):
     steps = [row["step"] for row in history]
     top.plot(steps, [row["soft"] for row in history], label="Soft (longest part of the UUID)")
     top.plot(steps, [row["exact"] for row in history], label="Exact (whole UUID)")
-    top.set(ylabel="share, samples at temperature 1", ylim=(-0.02, 1.02),
+    looked = [row for row in history if "exact_held_out" in row]
+    top.plot([row["step"] for row in looked], [row["exact_held_out"] for row in looked], "--",
+             color="C1", label="Exact, greedy, on held-out prompts")
+    top.set(ylabel="share of a step's samples", ylim=(-0.02, 1.02),
             title=f"The generator learns to write {result['uuid']}")
     top.legend(loc="upper left")
     right = top.twinx()
