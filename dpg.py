@@ -228,7 +228,8 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     where these require gradients. The model itself is not changed: the run starts from its
     parameters and a new optimizer state at every call. Parameters with requires_grad=False are
     constants. A step's gradient is summed over micro-batches of `microbatch` rows: less memory,
-    the same numbers.
+    the same numbers. None: all rows at once, but on a CPU about 2000 tokens, which stay in its
+    cache.
 
     Errors: ValueError for data, weights or steps that do not fit together, a model with active
     dropout, in half precision, or with an attention kernel that has no second derivative.
@@ -308,7 +309,7 @@ class _Loss:
 
 
 def _rows_at_once(microbatch, tokens):
-    """Unless told otherwise all rows, but on a CPU as many as stay in its cache: a third faster."""
+    """Unless told otherwise all, but on a CPU what stays in its cache (demos/benchmark.py)."""
     n, length = tokens.shape
     return microbatch or (max(1, 2048 // length) if tokens.device.type == "cpu" else n)
 
@@ -387,7 +388,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     grows with N.
 
     "replay" stores states and rebuilds the rest, one step and, of this, `microbatch` rows at a time
-    (None: all B): beyond the states its memory does not grow with N. One more forward and backward
+    (None: as in `sft`): beyond the states its memory does not grow with N. One more forward and backward
     pass. A state is the parameters, the optimizer's moments and the gradient, 4 times the
     parameters with AdamW; it is stored every `checkpoint_every` steps, with offload=True in host
     memory. From 2 on the states between are computed again: one more pass, T / k + k states.

@@ -4,9 +4,11 @@
     python demos/benchmark.py --compare --width 64 256     # two widths, also TorchOpt and higher
 
 Plain SFT is an ordinary loop of torch.optim.AdamW with the model's own attention, then one look at
-the metric. Every round runs each variant once; reported is the median. MB is what one run adds to
-the peak of memory: on a GPU the allocator's, on a CPU that of a process of its own. "tau off" is
-how far tau per example is from the unroll's, relative to its norm.
+the metric. Every round runs each variant once; reported is the median. Memory that is freed stays
+with the process, as on a GPU; elsewise Linux fetches it anew page by page, for large tensors at a
+multiple of the arithmetic's time. MB is what one run adds to the peak of memory: on a GPU the
+allocator's, on a CPU that of a process of its own. "tau off" is how far tau per example is from the
+unroll's, relative to its norm.
 """
 import pathlib
 import sys
@@ -16,6 +18,7 @@ sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import math
@@ -43,6 +46,7 @@ PLAIN, UNROLL = "plain SFT", "unroll"
 
 def main(argv=None):
     args = parse(argv)
+    keep_memory()
     on = (torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else
           platform.processor() or platform.machine())
     print(f"torch {torch.__version__} on {on}, {torch.get_num_threads()} threads")
@@ -78,9 +82,10 @@ def parse(argv):
             ("checkpoint-every", [1, 4], "k: the replay stores every k-th state; one or several"),
             ("layers", 4, "of the model"), ("vocabulary", 80, "tokens that it knows"),
             ("length", 64, "tokens of an example"), ("examples", 128, "N"),
-            ("repeats", 5, "measured rounds"), ("microbatch", None, "rows that a replay holds")):
+            ("repeats", 5, "measured rounds"),
+            ("microbatch", None, "rows that attribution takes at a time")):
         many = isinstance(default, list)
-        shown = " ".join(map(str, default)) if many else default or "all"
+        shown = " ".join(map(str, default)) if many else default or "that of metagradient"
         p.add_argument(f"--{name}", type=common.positive, nargs="+" if many else None,
                        default=default, help=f"{what} (default {shown})")
     p.add_argument("--device", type=common.device, help="(default: cuda where there is one)")
@@ -139,15 +144,14 @@ def variants(args, T):
     """Functions of a problem, by name; all but plain SFT return tau per example."""
     def attribution(*at, **options):
         optimizer = dpg.AdamW(LR, BETAS, eps_root=EPS_ROOT)
-        tau = dpg.metagradient(*at, optimizer, steps=T, **options).tau
+        tau = dpg.metagradient(*at, optimizer, steps=T, microbatch=args.microbatch, **options).tau
         return tau.sum(1) if tau.ndim == 2 else tau
 
     found = {PLAIN: partial(plain, T), UNROLL: attribution,
              f"{UNROLL}, per token": partial(attribution, per_token=True)}
     for name, k in spacings(args, T).items():
         if k is not None:
-            found[name] = partial(attribution, method="replay", checkpoint_every=k,
-                                  microbatch=args.microbatch)
+            found[name] = partial(attribution, method="replay", checkpoint_every=k)
     return found | ({"TorchOpt": partial(with_torchopt, T), "higher": partial(with_higher, T)}
                     if args.compare else {})
 
@@ -230,6 +234,14 @@ def measure(args, width, T):
               f"{row['memory_ratio']:8.2f} " + (f"{row['tau_off']:8.0e}" if name != PLAIN else ""))
         rows.append(row)
     return {"width": width, "steps": T, "parameters": size, "variants": rows}
+
+
+def keep_memory():
+    """Has the C library of Linux keep what is freed."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def seconds(run, at, device):
