@@ -167,15 +167,14 @@ class AdamW:
         0 the step is the gradient's sign, and tau is blind. For T > 1 with v_hat for g^2, m_hat for
         g. Large tensors are measured at every k-th coordinate.
         """
-        total, part = 0.0, 0.0
-        c2 = 1 - self.betas[1] ** state["step"]
-        for m, v in zip(state["m"].values(), state["v"].values()):
-            stride = m.numel() // 2**15 | 1  # odd: not one column of a matrix
-            m, v = (x.detach().flatten()[::stride].double() for x in (m, v))
-            square = v / c2 + self.eps_root
-            u = stride * m.abs() / square.sqrt().clamp(min=1e-300)
-            total += u.sum()
-            part += (u * self.eps_root / square.clamp(min=1e-300)).sum()
+        strides = [x.numel() // 2**12 | 1 for x in state["m"].values()]  # odd: no matrix's column
+        m, v = ([x.detach().flatten()[::k] for x, k in zip(state[name].values(), strides)]
+                for name in ("m", "v"))
+        k = torch.tensor(strides).repeat_interleave(torch.tensor([len(x) for x in m]))
+        m, v = torch.cat(m).double(), torch.cat(v).double()
+        square = v / (1 - self.betas[1] ** state["step"]) + self.eps_root
+        u = k.to(m.device) * m.abs() / square.sqrt().clamp(min=1e-300)
+        total, part = u.sum(), (u * self.eps_root / square.clamp(min=1e-300)).sum()
         return float(part / total) if total > 0 else 1.0
 
 
