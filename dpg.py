@@ -649,14 +649,17 @@ def _prompt_seeds(seed, n):
 
 def _gumbel(temperature, samples, seeds, device):
     """Turns the choice of the largest logit into a sample from softmax(logits / temperature):
-    argmax_j (logit_j / temperature - log(-log u_j)), where the u_j are uniform (Gumbel-max)."""
+    argmax_j (logit_j / temperature - log e_j), where the e_j are exponential (Gumbel-max)."""
     streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def perturbed(_, logits):  # (rows, V)
-        noise = torch.empty_like(logits)
-        for rows, stream in zip(noise.split(samples), streams, strict=True):
+        uniform = logits.new_empty(len(logits), 2, logits.shape[1])
+        for rows, stream in zip(uniform.split(samples), streams, strict=True):
             rows.uniform_(generator=stream)
-        return logits / float(temperature) - noise.log_().neg_().log_()
+        # A float32 has 24 random bits; with as many more no token is too improbable to be drawn.
+        coarse, fine = uniform.unbind(1)
+        exponential = fine.mul_(2.0**-24).add_(coarse).neg_().log1p_().neg_()
+        return logits / float(temperature) - exponential.log_()
 
     return perturbed
 
