@@ -51,12 +51,10 @@ Departures from the paper, numbered, each with what it costs in bias:
 
 Where tau goes blind: at T = 1 Adam's step is g / (sqrt(g^2 + eps_root) + eps). Coordinates with |g|
 well above sqrt(eps_root) are saturated: they move by lr whatever the weights are, and add nothing
-to tau. `metagradient` returns how much of each step is not (`AdamW.seen`). What eps_root must not
-be small against is the square of one example's share of a minibatch's gradient, |grad l_i| / B:
-enumerated, the bias of tau is 0.05 with eps_root = 10 times that and 0.2 with 1 (T = 1,
-demos/estimators.py). Where A must have a small eps_root, tau at weights 1/2 is closer to the truth:
-a coin gives each example 1/2 or 3/2, a second run the other of the two, and an example's tau is
-that of the run where its weight is 1/2.
+to tau. `metagradient` returns the unsaturated share of each step (`AdamW.seen`). Choose eps_root
+large against (|grad l_i| / B)^2, the square of one example's share of a minibatch's gradient: the
+bias of tau is 0.05 with eps_root = 10 times that and 0.2 with 1 (enumerated, T = 1,
+demos/estimators.py, which also shows a better estimator for where eps_root must stay small).
 
 Not here: several passes over D, learning-rate schedules or gradient clipping inside A, bfloat16.
 
@@ -86,6 +84,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -106,7 +105,7 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class SGD:
-    """Plain gradient descent, p <- p - lr * g, as a pure function; differentiable in all inputs."""
+    """Plain gradient descent, p <- p - lr * g, as a pure function; differentiable."""
 
     lr: float
 
@@ -125,7 +124,7 @@ class SGD:
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW as a pure function; differentiable in all inputs (appendix E for the default betas).
+    """AdamW as a pure function; differentiable, once (appendix E for the default betas).
 
     p <- p - lr * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
 
@@ -171,16 +170,16 @@ class AdamW:
         m, v = ([x.detach().flatten()[::k] for x, k in zip(state[name].values(), strides)]
                 for name in ("m", "v"))
         k = torch.tensor(strides).repeat_interleave(torch.tensor([len(x) for x in m]))
-        m, v = torch.cat(m).double(), torch.cat(v).double()
+        m, v = torch.cat(m).cpu().double(), torch.cat(v).cpu().double()
         square = v / (1 - self.betas[1] ** state["step"]) + self.eps_root
-        u = k.to(m.device) * m.abs() / square.sqrt().clamp(min=1e-300)
+        u = k * m.abs() / square.sqrt().clamp(min=1e-300)
         total, part = u.sum(), (u * self.eps_root / square.clamp(min=1e-300)).sum()
         return float(part / total) if total > 0 else 1.0
 
 
 class _AdamW(torch.autograd.Function):
     """One tensor's update and, by hand, its derivative: autograd's takes three times the passes
-    over memory, which at small batches is a tenth of the whole. With c_i = 1 - b_i^step,
+    over memory, which at small batches is a fifth of the whole. With c_i = 1 - b_i^step,
 
         m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   p' = (1 - lr wd) p - rate m' / root
         rate = lr sqrt(c2) / c1,  root = sqrt(v' + c2 eps_root) + sqrt(c2) eps
@@ -267,14 +266,12 @@ class _Loss:
             grads, part_value = self._part(params, part, w, len(batch.tokens), graph)
             total = grads if total is None else [a + b for a, b in zip(total, grads)]
             value = value + part_value
-        if self.group is not None:
-            for x in (*total, value):
-                dist.all_reduce(x, group=self.group)
+        *total, value = _all_reduce([*total, value], self.group)
         return dict(zip(params, total)), value
 
     def pull_back(self, params, batch, weights, adjoint, second):
         """With s = <gradient, adjoint>: d s / d weights, this process's rows of tau; and
-        d s / d params, a Hessian-vector product, where `second`. None where s does not depend."""
+        d s / d params, a Hessian-vector product, where `second`. None for what s does not see."""
         params, taus, total = _leaf(params), [], [None] * len(params)
         for part, w in self._parts(batch, weights):
             w = _leaf(w)
@@ -284,10 +281,8 @@ class _Loss:
                                                  sides, allow_unused=True)
             taus.append(tau)
             total = _add(total, products) if second else total
-        if self.group is not None:
-            for x in total:
-                if x is not None:
-                    dist.all_reduce(x, group=self.group)
+        summed = iter(_all_reduce([x for x in total if x is not None], self.group))
+        total = [x if x is None else next(summed) for x in total]
         return None if taus[0] is None else torch.cat(taus), total
 
     def _parts(self, batch, weights):
@@ -296,15 +291,27 @@ class _Loss:
         return [(Examples(t, m), w) for t, m, w in zip(*parts, strict=True)]
 
     def _part(self, params, batch, weights, rows, graph):
-        rows *= 1 if self.group is None else dist.get_world_size(self.group)  # now B
+        rows *= 1 if self.group is None else dist.get_world_size(self.group)  # of all processes: B
         w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
-        with torch.enable_grad():
+        # Activation checkpointing computes anew after `functional_call` has put the model's own
+        # parameters back: it would be wrong in silence. It works by hooks.
+        with torch.enable_grad(), disable_saved_tensors_hooks("model: activation checkpointing "
+                                                              "inside cannot be attributed"):
             nll = _nll(self.model, params | self.frozen, batch)  # (rows, L - 1): columns 1..L-1
             loss = (w * nll).sum() / (rows * batch.tokens.shape[1])
             # A parameter that the logits do not depend on has gradient zero.
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
                                         materialize_grads=True)
         return grads, loss.detach()
+
+
+def _all_reduce(tensors, group):
+    """The sums over the processes, new tensors: some of those that autograd returns may be one."""
+    if group is None or not tensors:
+        return tensors
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat, group=group)
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def _rows_at_once(microbatch, tokens):
@@ -340,7 +347,7 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
     """
     _check_examples(examples, "examples", model)
     _check_microbatch(microbatch)
-    count = examples.mask.sum()
+    count = examples.mask.count_nonzero()
 
     def total(params: Params, part: Examples) -> Tensor:
         return _nll(model, params, part).sum()
@@ -387,14 +394,16 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     grows with N.
 
     "replay" stores states and rebuilds the rest, one step and, of this, `microbatch` rows at a time
-    (None: as in `sft`): beyond the states its memory does not grow with N. One more forward and backward
-    pass. A state is the parameters, the optimizer's moments and the gradient, 4 times the
-    parameters with AdamW; it is stored every `checkpoint_every` steps, with offload=True in host
-    memory. From 2 on the states between are computed again: one more pass, T / k + k states.
+    (None: as in `sft`): beyond the states its memory does not grow with T, nor, with `microbatch`
+    set, with N. One more forward and backward pass. A state is the parameters, the optimizer's
+    moments and the gradient, 4 times the parameters with AdamW; it is stored every
+    `checkpoint_every` steps, with offload=True in host memory. From 2 on the states between are
+    computed again: one more pass, T / k + k states.
 
     With a process `group` (replay only), `examples` are this process's rows, as many on each, and
     so is tau. Minibatch k of the run is the processes' k-th minibatches put together; `metric` must
-    be the same function everywhere. (With "unroll", `microbatch` bounds no memory.)
+    be the same function everywhere. (With "unroll", `microbatch` bounds no memory.) A process that
+    refuses its arguments leaves the others waiting, as ever; `NotFinite` stops all.
 
     Errors: those of `sft`; ValueError for a metric that is not a scalar or does not depend on the
     parameters, for an unknown method, and for eps_root = 0 where a gradient is exactly 0;
@@ -428,10 +437,11 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     _require(any(tau is not None for tau in taus), _BLIND)
     tau = torch.cat([torch.zeros_like(w) if tau is None else tau
                      for tau, (_, w) in zip(taus, batches, strict=True)]).detach()
-    if not torch.isfinite(tau).all():
-        row = int((~torch.isfinite(tau)).nonzero()[0, 0])
-        raise NotFinite(f"tau of example {row}, in step {row // len(batches[0][1])} of the inner "
-                        f"run, is not finite: its derivatives overflow; lower lr or raise eps_root")
+    for rows in _everywhere((~torch.isfinite(tau)).nonzero()[:1, 0].tolist(), group):
+        for row in rows:
+            raise NotFinite(f"tau of example {row}, in step {row // len(batches[0][1])} of the "
+                            "inner run, is not finite: its derivatives overflow; lower lr or raise "
+                            "eps_root")
     if per_token:
         tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
     params = {k: p.detach() for k, p in _merge(model, params, frozen).items()}
@@ -482,9 +492,12 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         return trail, z
 
     for first in starts:
+        trail = None  # the states of one stretch are enough
         trail, z = walk(z, first)
         if first != starts[-1]:
-            kept.append(_map(lambda x: x.to("cpu"), trail[0]) if offload else trail[0])
+            kept.append(trail[0] if every == 1 else (trail[0][0], None))  # walked again: no g
+            if offload:
+                kept.append(_map(lambda x: x.to("cpu"), kept.pop()))
     _check_losses(losses)
     trained = _leaf(z[0])
     phi = metric(trained)
@@ -495,7 +508,7 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         if first != starts[-1]:
             trail = [_map(lambda x: x.to(device), kept.pop())]
             if every > 1:
-                trail, _ = walk(trail[0][0], first)
+                trail, _ = walk(trail.pop()[0], first)
         while trail:
             k = first + len(trail) - 1
             (params, state), grads = _leaf(trail.pop())
@@ -604,7 +617,7 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     Each prompt has a random stream of its own, from `seed` and its place, or from its own of a
     sequence of seeds: what is written for it does not depend on which others it is computed with,
     at most `microbatch` rows at once (but at least one prompt's). The global random state is not
-    used.
+    used. (Give each step of a training run a seed of its own.)
     """
     tokens, mask = _check_prompts(prompts)
     _check_count(samples, "samples")
@@ -692,9 +705,11 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     spread = -(pi * log_pi).sum(2) * mask if entropy else None
     kl = None
     if reference is not None:
-        _check_policy(reference)
+        _check_policy(reference, "reference")
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
+        _require(log_ref.shape == log_pi.shape, "reference must have the vocabulary of model, "
+                 f"{log_pi.shape[2]} tokens, got {log_ref.shape[2]}")
         kl = (pi * (log_pi - log_ref)).sum(2) * mask
     return TokenLogProbs(chosen, spread, kl)
 
@@ -848,34 +863,39 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
 
     `encode` makes the target's training rows of what was written: `Rollouts.examples` with a start
     token where the models share a tokenizer, or text encoded anew (then credit is per example).
-    `reward` maps these to an object with `.tau`: for DPG, `metagradient` with its other arguments
-    bound (functools.partial). `policy` and `policy_optimizer` are changed in place; all else is as
-    in the functions called.
+    `reward` maps these to an `Attribution`: for DPG, `metagradient` with its other arguments bound
+    (functools.partial). `policy` and `policy_optimizer` are changed in place; all else is as in the
+    functions called. Each step needs a `seed` of its own.
 
     With a process `group` each process calls this with the same arguments (and `reward` bound to
     the group): it writes for every K-th prompt, attributes its own rows, and all make the same
-    update from all rewards. With T minibatches K must divide the prompts of each, or they are not
-    those of a single process.
+    update from all rewards. Where K divides the prompts of each inner minibatch, these are those of
+    a single process.
     """
+    _check_step(policy, samples, seed, temperature, entropy_coef, kl_coef, reference, microbatch)
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, mask = _check_prompts(prompts)
     _require(len(tokens) % world == 0,
              f"prompts must be a multiple of the {world} processes, got {len(tokens)}")
+    how = dict(group_size=group_size, baseline=baseline, scale=scale)
+    n = len(tokens) * samples
+    advantages(torch.ones(n), torch.ones(n, 1), **how)  # refused now, not after the inner run
     share = slice(rank, None, world)
     rollouts = generate(policy, (tokens[share], mask[share]), samples=samples,
                         max_new_tokens=max_new_tokens, temperature=temperature,
                         seed=_prompt_seeds(seed, len(tokens))[share],
                         microbatch=microbatch)  # D ~ pi_theta
     attribution = reward(encode(rollouts))  # tau = d Phi(A(w, D)) / d w
+    if not isinstance(attribution, Attribution):
+        raise TypeError(f"reward must return an Attribution, got {type(attribution).__name__}")
     every = Rollouts(*(_gather(x, samples, group) for x in rollouts))
     attribution = attribution._replace(tau=_gather(attribution.tau, samples, group))
-    tau = attribution.tau
+    tau = attribution.tau.to(every.mask.device)
     if tau.ndim == 2:
         tau = tau[:, 1:]  # the start token is no action
     _require(tau.shape in (every.mask.shape, every.mask.shape[:1]), "reward: tau must be (N,), or "
              f"(N, L_new + 1) for rows as Rollouts.examples makes them, got {tuple(tau.shape)}")
-    credit = advantages(tau, every.mask, group_size=group_size, baseline=baseline, scale=scale,
-                        discount=discount)
+    credit = advantages(tau, every.mask, discount=discount, **how)
     mine = credit.unflatten(0, (-1, samples))[share].flatten(0, 1)
     policy_optimizer.zero_grad()
     totals = tau.new_zeros(3)  # of entropy, KL, tokens
@@ -899,6 +919,15 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     policy_optimizer.step()
     entropy, kl = (totals[:2] / totals[2]).tolist()
     return StepResult(every, attribution, credit, entropy, kl)
+
+
+def _everywhere(value, group):
+    """The value that each process has."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _gather(x, samples, group):
@@ -948,8 +977,24 @@ def _check_optimizer(optimizer):
                         f"{type(optimizer).__name__}")
 
 
+def _check_step(policy, samples, seed, temperature, entropy_coef, kl_coef, reference, microbatch):
+    """What `dpg_step` would otherwise be refused for only after the inner run."""
+    _check_policy(policy)
+    _check_count(samples, "samples")
+    _require(_is_whole(seed), f"seed must be a whole number, got {seed!r}")
+    _check_number(temperature, "temperature", above=True)  # the choice at 0 has no gradient
+    _check_number(entropy_coef, "entropy_coef")
+    _check_number(kl_coef, "kl_coef")
+    _require(kl_coef == 0 or reference is not None, "kl_coef needs a reference")
+    if reference is not None:
+        _check_policy(reference, "reference")
+    _check_microbatch(microbatch)
+
+
 def _check_weights(weights, examples, *shapes):
     _check_tensor(weights, "weights", floating=True)
+    _require(weights.dtype in (torch.float32, torch.float64),
+             f"weights must be float32 or float64, got {weights.dtype}")
     _require(weights.shape in shapes, f"weights must have shape {' or '.join(map(str, shapes))}, "
              f"got {tuple(weights.shape)}")
     _require(weights.device == examples.tokens.device, "weights must be on the model's device")
@@ -987,7 +1032,7 @@ def _check_examples(examples, name, model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _require(any(True for _ in model.parameters()), "model has no parameters")
-    if not isinstance(examples, tuple) or len(examples) != 2:
+    if not isinstance(examples, Examples):
         raise TypeError(f"{name} must be Examples(tokens, mask), got {type(examples).__name__}")
     tokens, mask = examples
     _check_tensor(tokens, f"{name}.tokens")
@@ -998,9 +1043,11 @@ def _check_examples(examples, name, model):
              f"{tuple(tokens.shape)}, got {tuple(mask.shape)}")
     _require(not bool(mask[:, 0].any()), f"{name}.mask has a label in column 0, which no token "
              "precedes; put a start token there")
+    _require(mask.device == tokens.device, f"{name}.mask must be on the device of tokens")
     _check_mask(mask, f"{name}.mask")
     _check_tokens(model, tokens, f"{name}.tokens", tokens.shape[1] - 1)
     _check_padding(model, examples, name)
+    _check_mode(model)
 
 
 def _check_count(value, name):
@@ -1028,6 +1075,8 @@ def _check_padding(model, examples, name):
 
 def _check_tokens(model, tokens, name, length):
     """That the model has an embedding for each token and place; it would fail deep inside torch."""
+    device = next(model.parameters()).device
+    _require(tokens.device == device, f"{name} must be on the model's device, {device}")
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", max(sizes, default=math.inf))
@@ -1056,11 +1105,9 @@ def _check_rollouts(model, rollouts):
 def _check_run(model, examples, steps, microbatch=None, group=None):
     _check_examples(examples, "examples", model)
     _check_microbatch(microbatch)
-    if group is not None:
-        shapes = [None] * dist.get_world_size(group)
-        dist.all_gather_object(shapes, tuple(examples.tokens.shape), group=group)
-        _require(len(set(shapes)) == 1,
-                 f"examples must have one shape on all processes, got {sorted(set(shapes))}")
+    shapes = set(_everywhere(tuple(examples.tokens.shape), group))
+    _require(len(shapes) == 1,
+             f"examples must have one shape on all processes, got {sorted(shapes)}")
     n = examples.tokens.shape[0]
     _require(_is_whole(steps) and steps >= 1 and n % steps == 0,
              f"steps must be a positive divisor of the number of examples, {n}; got {steps}")
@@ -1069,32 +1116,34 @@ def _check_run(model, examples, steps, microbatch=None, group=None):
     for name, p in model.named_parameters():
         _require(p.dtype in (torch.float32, torch.float64), f"model: {name} is {p.dtype}; second "
                  "derivatives need float32 or float64 (model.float())")
-    device = next(model.parameters()).device
-    _require(examples.tokens.device == device and examples.mask.device == device,
-             f"examples must be on the model's device, {device}")
-    _require(not torch.is_autocast_enabled(device.type),
+    _require(not torch.is_autocast_enabled(examples.tokens.device.type),
              "model: leave torch.autocast; second derivatives need float32 or float64")
-    _check_no_dropout(model)
+    for name, module in model.named_modules():
+        _require(not (module.training and getattr(module, "gradient_checkpointing", False)),
+                 f"model: gradient checkpointing in {name}; call model.eval()")
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
     _require(kernel in (None, "eager", "sdpa"), f"model: attn_implementation {kernel!r} has no "
              'second derivative; load it with from_pretrained(..., attn_implementation="sdpa")')
 
 
-def _check_no_dropout(model):
-    """Noise inside would make tau, and log pi, those of another function at every call."""
-    for name, module in model.named_modules():
-        rates = {k: v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)}
+def _check_mode(model, name="model"):
+    """Noise inside would make tau, and log pi, those of another function at every call; batch
+    statistics would tie the rows together, and change the model."""
+    for path, module in model.named_modules():
+        rates = [v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)]
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates["p"] = module.p
-        _require(not (module.training and any(rates.values())),
-                 f"model: active dropout in {name or type(module).__name__}; call model.eval()")
+            rates.append(module.p)
+        found = "dropout" if any(rates) else "batch normalization"
+        active = any(rates) or isinstance(module, nn.modules.batchnorm._BatchNorm)
+        _require(not (module.training and active), f"{name}: active {found} in "
+                 f"{path or type(module).__name__}; call {name}.eval()")
 
 
-def _check_policy(model):
+def _check_policy(model, name="model"):
     if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
-        raise TypeError(f"model must be a policy with transformers' generate, got "
+        raise TypeError(f"{name} must be a policy with transformers' generate, got "
                         f"{type(model).__name__}")
-    _check_no_dropout(model)
+    _check_mode(model, name)
 
 
 def _check_prompts(prompts):
@@ -1112,4 +1161,4 @@ def _check_prompts(prompts):
     _require(bool(((mask == 0) | (mask == 1)).all() and (mask[:, -1] == 1).all()
                   and (mask.long().diff(dim=1) >= 0).all()),
              'prompts must be padded on the left (padding_side="left")')
-    return tokens, mask
+    return tokens, mask.long()

@@ -70,6 +70,7 @@ from torch.autograd import grad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
@@ -857,6 +858,11 @@ def test_9_more_refusals():
     rollouts = Rollouts(ones, ones, ones, ones)
     for message, call in {
         "weights": lambda: sft(policy, batch(0), SGD(0.1), weights=torch.ones(3)),
+        "weights must be float32": lambda: sft(policy, batch(0), SGD(0.1),
+                                               weights=torch.ones(4).bfloat16()),
+        "active dropout": lambda: lm_metric(GPT2LMHeadModel(gpt2().config).train(), batch(0)),
+        "vocabulary of model, 4 tokens, got 9": lambda: token_log_probs(
+            policy, rollouts, reference=gpt2(9)),
         "lr": lambda: SGD(-1.0),
         "betas": lambda: AdamW(0.1, (0.9, 1.0)),
         "start": lambda: rollouts.examples(None),
@@ -879,6 +885,39 @@ def test_9_more_refusals():
         sft(policy, batch(0), SGD(0.1))
     with pytest.raises(FloatingPointError, match="lower"):
         metagradient(policy, batch(0), lambda params: params["lm_head.weight"].sum() / 0, SGD(0.1))
+
+
+class Recomputed(Bare):
+    def forward(self, tokens):
+        return checkpoint(super().forward, tokens, use_reentrant=False)
+
+
+def test_9_activation_checkpointing_is_refused():
+    """It would compute the backward pass with the model's own parameters, not with the trained."""
+    model = gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        metagradient(model, batch(0), linear(model), SGD(0.1))
+    metagradient(model.eval(), batch(0), linear(model), SGD(0.1))
+    for method in ("unroll", "replay"):
+        with pytest.raises(RuntimeError, match="model: activation checkpointing"):
+            metagradient(filled(Recomputed(), 0), batch(0), linear(Bare()), SGD(0.1), steps=2,
+                         method=method)
+
+
+def test_9_statistics_of_a_batch_are_refused():
+    class Normed(Bare):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, tokens):
+            return self.norm(super().forward(tokens).transpose(1, 2)).transpose(1, 2)
+
+    model = filled(Normed(), 0)
+    with pytest.raises(ValueError, match="batch normalization in norm"):
+        metagradient(model.train(), batch(0), linear(model), SGD(0.1))
+    assert metagradient(model.eval(), batch(0), linear(model), SGD(0.1)).tau.abs().min() > 0
 
 
 def test_9_a_wrapper_does_not_lose_the_positions():
@@ -1310,10 +1349,10 @@ def test_12_the_vocabulary_meets_one_micro_batch_at_a_time():
     for microbatch in (None, 2):
         with Largest(53) as largest:
             dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts,
-                     partial(Rollouts.examples, start=53), reward, samples=6, max_new_tokens=4,
+                     partial(Rollouts.examples, start=53), reward, samples=4, max_new_tokens=4,
                      seed=0, reference=policy, microbatch=microbatch)
         rows.append(largest.rows)
-    assert rows == [12 * 4, 2 * 4]
+    assert rows == [8 * 4, 2 * 4]  # as many as the random numbers for the samples of one prompt
 
 
 def test_12_what_is_written_does_not_depend_on_the_company():
@@ -1364,8 +1403,8 @@ def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     group, found = dist.group.WORLD, []
     mine = Examples(*(x[rank::2] for x in batch(0, n=8)))  # of 4 minibatches of 2
-    for per_token, microbatch, optimizer in TWO:
-        found.append(metagradient(gpt2(), mine, lm_metric(gpt2(), batch(9)), optimizer, steps=4,
+    for target, per_token, microbatch, optimizer in TWO:
+        found.append(metagradient(target(), mine, lm_metric(target(), batch(9)), optimizer, steps=4,
                                   per_token=per_token, method="replay", microbatch=microbatch,
                                   checkpoint_every=3, group=group))
     refused = None
@@ -1393,16 +1432,28 @@ def test_12_a_world_of_one():
         dist.destroy_process_group()
 
 
-TWO = [(False, None, SGD(0.3)), (True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2))]
+class Summed(Bare):
+    """Two parameters that enter as a sum: autograd returns one tensor as the gradient of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Parameter(torch.zeros_like(self.head.weight))
+
+    def forward(self, tokens):
+        return self.embed(tokens).cumsum(1).tanh() @ (self.head.weight + self.more).T
+
+
+TWO = [(gpt2, False, None, SGD(0.3)), (gpt2, True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2)),
+       (lambda: filled(Summed(), 0), False, None, SGD(0.3))]
 
 
 @slow
 def test_12_two_processes_are_one(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for i, (per_token, _, optimizer) in enumerate(TWO):
-        want = metagradient(gpt2(), batch(0, n=8), lm_metric(gpt2(), batch(9)), optimizer, steps=4,
-                            per_token=per_token)
+    for i, (target, per_token, _, optimizer) in enumerate(TWO):
+        want = metagradient(target(), batch(0, n=8), lm_metric(target(), batch(9)), optimizer,
+                            steps=4, per_token=per_token)
         for rank, (found, *_) in enumerate(results):
             close(found[i].tau, want.tau[rank::2], 1e-10)
             close(flat(found[i].params), flat(want.params), 1e-10)
@@ -1838,6 +1889,55 @@ def test_13_refused_before_work_is_done():
         sft(filled(Wordless(), 0), data, SGD(0.1))
     with pytest.raises(TypeError, match="generate"):
         generate(model, prompts_of([1]), samples=1, max_new_tokens=1, seed=0)
+
+
+@pytest.mark.parametrize("message, change", [
+    ("temperature", dict(temperature=0)), ("seed", dict(seed=None)), ("seed", dict(seed=[1, 2])),
+    ("baseline", dict(baseline="median")), ("group_size", dict(group_size=5)),
+    ("scale", dict(scale=1)), ("entropy_coef", dict(entropy_coef=-0.1)),
+    ("kl_coef needs a reference", dict(kl_coef=0.1)), ("samples", dict(samples=0)),
+    ("microbatch", dict(microbatch=0)), ("dropout", dict(policy=GPT2LMHeadModel(gpt2().config))),
+])
+def test_13_a_step_is_refused_before_anything_is_written(monkeypatch, message, change):
+    monkeypatch.setattr(dpg, "generate", lambda *_, **__: pytest.fail("work was done"))
+    policy = gpt2()
+    how = dict(policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
+               prompts=prompts_of([1], [2]), encode=None, reward=None, samples=2,
+               max_new_tokens=2, seed=0)
+    with pytest.raises(ValueError, match=message):
+        dpg_step(**how | change)
+
+
+def test_13_a_reward_and_a_reference_of_the_wrong_kind():
+    policy = gpt2()
+    how = dict(samples=2, max_new_tokens=2, seed=0)
+    step = partial(dpg_step, policy, torch.optim.SGD(policy.parameters()), prompts_of([1], [2]),
+                   partial(Rollouts.examples, start=0))
+    with pytest.raises(TypeError, match="reward must return an Attribution, got Tensor"):
+        step(lambda examples: torch.ones(4), **how)
+    with pytest.raises(TypeError, match="reference must be a policy"):
+        step(None, **how, reference=nn.ReLU())
+
+
+def test_13_masks_may_be_of_any_type():
+    """A sum in bfloat16 would end at 256 labels."""
+    model, data = filled(Bare(), 0), batch(0, n=200)
+    params = start(model)
+    want = lm_metric(model, data)(params)
+    for dtype in (torch.int64, torch.float64, torch.float16, torch.bfloat16):
+        close(lm_metric(model, Examples(data.tokens, data.mask.to(dtype)))(params), want, 1e-12)
+    tokens, mask = prompts_of([1], [2, 1, 1])
+    policy = gpt2()
+    found = [token_log_probs(policy, generate(policy, (tokens, m), samples=1, max_new_tokens=2,
+                                              seed=0)) for m in (mask, mask.float())]
+    assert torch.equal(*found)
+
+
+def test_13_improbable_tokens_are_drawn():
+    """24 random bits, all that a float32 has, would cut what is less likely than 2^-24."""
+    gumbel = dpg._gumbel(1.0, 8, [1, 2], "cpu")(None, torch.zeros(16, 2**17))
+    small = (-gumbel).exp()[gumbel > 11].double() * 2**24  # of the exponential variables behind it
+    assert len(small) > 20 and (small - small.round()).abs().max() > 0.1
 
 
 class Evil:
