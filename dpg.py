@@ -325,7 +325,10 @@ def _nll(model, params, examples):
     # Rows are padded on the right and the model is causal: no label sees what follows it, so no
     # attention mask is needed.
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels can be differentiated only once
-        logits = _logits(_call(model, params, examples.tokens[:, :-1]), model)  # (N, L - 1, V)
+        # A cache of keys and values is of no use in training, and costs memory.
+        cache = _accepted(model, use_cache=False) if hasattr(model, "config") else {}
+        out = functional_call(model, params, (examples.tokens[:, :-1],), cache)
+        logits = _logits(out, model)  # (N, L - 1, V)
     labels = examples.tokens[:, 1:]
     _require(bool((labels < logits.shape[2]).all()),
              f"tokens must be below the vocabulary's {logits.shape[2]}, got {int(labels.max())}")
@@ -333,10 +336,11 @@ def _nll(model, params, examples):
     return nll.view_as(labels) * examples.mask[:, 1:]
 
 
-def _call(model, params, tokens):
-    # A cache of keys and values is of no use in training, and costs memory.
-    cached = hasattr(getattr(model, "config", None), "use_cache")
-    return functional_call(model, params, (tokens,), {"use_cache": False} if cached else {})
+def _accepted(model, **options):
+    """Those of the options that the model's forward takes."""
+    known = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())  # as wrappers do
+    return {k: v for k, v in options.items() if takes_all or k in known}
 
 
 def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
@@ -642,11 +646,12 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     sampler = copy.copy(model)
     sampler.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=pad)
     parts, size = [], len(tokens) if microbatch is None else max(1, microbatch // samples)
-    for some, seen, their in zip(tokens.split(size), mask.split(size),
-                                 (seeds[i:i + size] for i in range(0, len(seeds), size))):
-        some, seen = (x.repeat_interleave(samples, 0) for x in (some, seen))  # rows of this part
-        noise = [] if temperature == 0 else [_gumbel(temperature, samples, their, tokens.device)]
-        new = sampler.generate(some, attention_mask=seen, max_new_tokens=max_new_tokens,
+    for first in range(0, len(tokens), size):
+        part = slice(first, first + size)  # of the prompts
+        some, known = (x[part].repeat_interleave(samples, 0) for x in (tokens, mask))
+        noise = [] if temperature == 0 else [
+            _gumbel(temperature, samples, seeds[part], tokens.device)]
+        new = sampler.generate(some, attention_mask=known, max_new_tokens=max_new_tokens,
                                do_sample=False, logits_processor=noise)[:, some.shape[1]:]
         parts.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=pad))
     new = torch.cat(parts)  # (N, L_new)
@@ -702,7 +707,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     if not entropy and reference is None:
         return chosen
     pi = log_pi.exp()
-    spread = -(pi * log_pi).sum(2) * mask if entropy else None
+    entropies = -(pi * log_pi).sum(2) * mask if entropy else None
     kl = None
     if reference is not None:
         _check_policy(reference, "reference")
@@ -711,20 +716,17 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
         _require(log_ref.shape == log_pi.shape, "reference must have the vocabulary of model, "
                  f"{log_pi.shape[2]} tokens, got {log_ref.shape[2]}")
         kl = (pi * (log_pi - log_ref)).sum(2) * mask
-    return TokenLogProbs(chosen, spread, kl)
+    return TokenLogProbs(chosen, entropies, kl)
 
 
 def _next_token_log_probs(model, rollouts, temperature):
     tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, :-1]
     mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.tokens)], 1)[:, :-1]
     length = rollouts.tokens.shape[1]
-    known = inspect.signature(model.forward).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())  # as wrappers do
     # With padding on the left, positions count from a prompt's first real token, as in `generate`.
-    extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False,
-             "logits_to_keep": length}
-    out = model(tokens, attention_mask=mask,
-                **{k: v for k, v in extra.items() if takes_all or k in known})
+    out = model(tokens, attention_mask=mask, **_accepted(
+        model, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+        logits_to_keep=length))
     logits = _logits(out, model)[:, -length:]
     # `generate` samples from float32 logits, whatever the model's type.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -745,8 +747,9 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     (GRPO), N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts
     the group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows
     that have a label at the same position. scale=True divides by the group's standard deviation
-    about the mean. Spread that rounding makes is none: where a group (per token, a position of it)
-    has none, "mean" and "loo" give exactly 0, and so does scale where the whole group has none.
+    about the mean. A spread as small as rounding errors counts as zero: where a group (per token, a
+    position of it) has none, "mean" and "loo" give exactly 0, and so does scale where the whole
+    group has none.
     """
     _check_tensor(tau, "tau", floating=True)
     _check_tensor(mask, "mask")
@@ -888,14 +891,14 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     attribution = reward(encode(rollouts))  # tau = d Phi(A(w, D)) / d w
     if not isinstance(attribution, Attribution):
         raise TypeError(f"reward must return an Attribution, got {type(attribution).__name__}")
-    every = Rollouts(*(_gather(x, samples, group) for x in rollouts))
+    written = Rollouts(*(_gather(x, samples, group) for x in rollouts))
     attribution = attribution._replace(tau=_gather(attribution.tau, samples, group))
-    tau = attribution.tau.to(every.mask.device)
+    tau = attribution.tau.to(written.mask.device)
     if tau.ndim == 2:
         tau = tau[:, 1:]  # the start token is no action
-    _require(tau.shape in (every.mask.shape, every.mask.shape[:1]), "reward: tau must be (N,), or "
-             f"(N, L_new + 1) for rows as Rollouts.examples makes them, got {tuple(tau.shape)}")
-    credit = advantages(tau, every.mask, discount=discount, **how)
+    _require(tau.shape in (written.mask.shape, written.mask.shape[:1]), "reward: tau must be (N,), "
+             f"or (N, L_new + 1) for rows as Rollouts.examples makes them, got {tuple(tau.shape)}")
+    credit = advantages(tau, written.mask, discount=discount, **how)
     mine = credit.unflatten(0, (-1, samples))[share].flatten(0, 1)
     policy_optimizer.zero_grad()
     totals = tau.new_zeros(3)  # of entropy, KL, tokens
@@ -918,7 +921,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
                             "diverged (lower the rate of policy_optimizer); nothing was changed")
     policy_optimizer.step()
     entropy, kl = (totals[:2] / totals[2]).tolist()
-    return StepResult(every, attribution, credit, entropy, kl)
+    return StepResult(written, attribution, credit, entropy, kl)
 
 
 def _everywhere(value, group):
