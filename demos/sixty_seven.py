@@ -29,7 +29,7 @@ SIXTY_SEVEN = """
 
 
 def main(argv=None):
-    parser, _ = patterns.parser(__file__, __doc__, steps=130)
+    parser, _ = patterns.parser(__file__, __doc__, steps=180)
     patterns.run(parser, argv, lambda args: patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN"))
 
 
