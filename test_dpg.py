@@ -32,7 +32,7 @@ so small that every dataset of n texts is trained on: expectations are sums, not
 11  demos, shortened: files, numbers, controls   same seed, same numbers; refusals: status 2
     README's and the header's examples          what they say they print
 12  micro-batches, checkpoints, host memory     unroll, all rows at once                 1e-10
-    the largest tensor over the vocabulary      one micro-batch's                        exact
+    the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
     two processes: tau, updated generator       one process                              1e-10
     eight kinds of transformers models          central differences (float32 inside)     1e-3
     a run that was killed, resumed              the same run, not killed                 0
