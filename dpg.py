@@ -671,7 +671,8 @@ def _gumbel(temperature, samples, seeds, device):
     streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def perturbed(_, logits):  # (rows, V)
-        uniform = logits.new_empty(len(logits), 2, logits.shape[1])
+        uniform = torch.empty(len(logits), 2, logits.shape[1], device=logits.device,
+                              dtype=torch.float32)
         for rows, stream in zip(uniform.split(samples), streams, strict=True):
             rows.uniform_(generator=stream)
         # A float32 has 24 random bits; with as many more no token is too improbable to be drawn.

@@ -1320,7 +1320,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["unroll", "replay"])
 def test_12_a_cpu_takes_what_stays_in_its_cache(method):
-    """Unless told otherwise: 2048 tokens at a time, here 409 rows of 5. The numbers are the same."""
+    """Unless told otherwise 2048 tokens at a time, here 409 rows of 5; the numbers are the same."""
     model, data = filled(Bare(53, 3), 0), batch(0, n=600, vocab=53)
     rows, taus = [], []
     for microbatch in (None, 600, 409):
