@@ -43,6 +43,7 @@ so small that every dataset of n texts is trained on: expectations are sums, not
 import copy
 import doctest
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -885,6 +886,49 @@ def test_9_more_refusals():
         sft(policy, batch(0), SGD(0.1))
     with pytest.raises(FloatingPointError, match="lower"):
         metagradient(policy, batch(0), lambda params: params["lm_head.weight"].sum() / 0, SGD(0.1))
+
+
+def test_9_names_and_defaults_are_the_contract():
+    for function, names, defaults in [
+        (SGD, "lr", {}),
+        (AdamW, "lr betas eps eps_root weight_decay",
+         dict(betas=(0.9, 0.95), eps=1e-8, eps_root=1e-9, weight_decay=0.0)),
+        (sft, "model examples optimizer", dict(weights=None, steps=1, microbatch=None)),
+        (metagradient, "model examples metric optimizer", dict(
+            steps=1, per_token=False, method="unroll", weights=None, microbatch=None,
+            checkpoint_every=1, offload=False, group=None)),
+        (lm_metric, "model examples", dict(microbatch=None)),
+        (generate, "model prompts samples max_new_tokens seed",
+         dict(temperature=1.0, eos_token_id=None, microbatch=None)),
+        (token_log_probs, "model rollouts", dict(temperature=1.0, entropy=False, reference=None)),
+        (advantages, "tau mask",
+         dict(group_size=None, baseline="none", scale=False, discount=None)),
+        (policy_gradient_loss, "log_probs advantages mask",
+         dict(entropy=None, entropy_coef=0.0, kl=None, kl_coef=0.0)),
+        (dpg_step, "policy policy_optimizer prompts encode reward samples max_new_tokens seed", dict(
+            temperature=1.0, group_size=None, baseline="none", scale=False, discount=None,
+            entropy_coef=0.0, kl_coef=0.0, reference=None, microbatch=None, group=None)),
+    ]:
+        found = inspect.signature(function).parameters
+        assert set(names.split()) | defaults.keys() == found.keys()
+        assert {k: p.default for k, p in found.items() if p.default is not p.empty} == defaults
+
+
+def test_9_the_unroll_is_one_graph_and_can_be_differentiated_once():
+    model, data, graphs = filled(Bare(), 0), batch(0), []
+
+    def metric(params):
+        graphs.append(params["head.weight"].grad_fn)
+        return params["head.weight"].square().sum()
+
+    for method in ("unroll", "replay"):
+        metagradient(model, data, metric, AdamW(0.1, eps_root=0.1), method=method)
+    assert graphs[0] is not None and graphs[1] is None
+    weights = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    params = sft(model, data, AdamW(0.1, eps_root=0.1), weights=weights)
+    slope, = grad(metric(params), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
 
 
 class Recomputed(Bare):
@@ -1889,6 +1933,9 @@ def test_13_refused_before_work_is_done():
         sft(filled(Wordless(), 0), data, SGD(0.1))
     with pytest.raises(TypeError, match="generate"):
         generate(model, prompts_of([1]), samples=1, max_new_tokens=1, seed=0)
+    for prompts in (print, prompts_of([1])[0], (*prompts_of([1]), 3), {"input_ids": data.tokens}):
+        with pytest.raises(TypeError, match="prompts"):
+            generate(gpt2(), prompts, samples=1, max_new_tokens=1, seed=0)
 
 
 @pytest.mark.parametrize("message, change", [
