@@ -905,9 +905,9 @@ def test_9_names_and_defaults_are_the_contract():
          dict(group_size=None, baseline="none", scale=False, discount=None)),
         (policy_gradient_loss, "log_probs advantages mask",
          dict(entropy=None, entropy_coef=0.0, kl=None, kl_coef=0.0)),
-        (dpg_step, "policy policy_optimizer prompts encode reward samples max_new_tokens seed", dict(
-            temperature=1.0, group_size=None, baseline="none", scale=False, discount=None,
-            entropy_coef=0.0, kl_coef=0.0, reference=None, microbatch=None, group=None)),
+        (dpg_step, "policy policy_optimizer prompts encode reward samples max_new_tokens seed",
+         dict(temperature=1.0, group_size=None, baseline="none", scale=False, discount=None,
+              entropy_coef=0.0, kl_coef=0.0, reference=None, microbatch=None, group=None)),
     ]:
         found = inspect.signature(function).parameters
         assert set(names.split()) | defaults.keys() == found.keys()
