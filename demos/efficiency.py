@@ -4,8 +4,8 @@ Runs demos/sixty_seven.py and demos/uuid.py with their defaults and with one cho
 time, over several seeds, and draws how fast each learns. A run that is complete in the folder is
 not run again; several of these can run side by side on one folder.
 
-The measures: pixel accuracy 1.0 of a step's training batch for "67"; Exact 0.95, the share of greedy
-answers to held-out prompts that contain the whole UUID, looked at every fifth step.
+The measures: for "67" pixel accuracy 1.0 of a step's training batch; for the UUID Exact 0.95, the
+share of greedy answers to held-out prompts that contain all of it, looked at every fifth step.
 """
 import pathlib
 import sys
@@ -74,7 +74,7 @@ def main(argv=None):
 
 
 def summary(curves, args):
-    """For each demo and variant: the steps and the curves (seeds, steps); prints who learned when."""
+    """Prints who learned when. For each demo and variant: its steps, and its curves (seeds, steps)."""
     found = {}
     for demo in args.demo or DEMOS:
         key, enough = DEMOS[demo]
