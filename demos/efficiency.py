@@ -74,7 +74,7 @@ def main(argv=None):
 
 
 def summary(curves, args):
-    """Prints who learned when. For each demo and variant: its steps, and its curves (seeds, steps)."""
+    """Prints who learned when; for each demo and variant its steps and curves (seeds, steps)."""
     found = {}
     for demo in args.demo or DEMOS:
         key, enough = DEMOS[demo]
