@@ -183,7 +183,8 @@ def close(got, want, tolerance):
 
 seeds = st.integers(0, 99)
 sgd = st.builds(SGD, lr=st.floats(0.05, 0.5))
-adamw = st.builds(AdamW, lr=st.floats(0.01, 0.1), betas=st.just((0.7, 0.9)), eps=st.just(1e-3),
+adamw = st.builds(AdamW, lr=st.floats(0.01, 0.1), eps=st.just(1e-3),
+                  betas=st.sampled_from([(0.7, 0.9), (0.3, 0.4)]),
                   eps_root=st.floats(1e-3, 1e-1), weight_decay=st.floats(0.0, 0.5))
 optimizers = sgd | adamw
 models = st.builds(lambda seed: filled(Bare(), seed), seeds) | st.builds(
@@ -223,12 +224,12 @@ def test_1_optimizers_are_those_of_torch(ours, theirs):
 
 
 def test_1_eps_root_stands_inside_the_root():
-    opt, T = AdamW(0.1, (0.8, 0.9), 1e-3, 0.5, 0.2), 10
+    opt, T = AdamW(0.1, (0.3, 0.4), 1e-3, 0.5, 0.2), 10
     g, p = randn(0, T, 6), randn(1, 6)
     want = p
     for t in range(1, T + 1):
-        m = sum(0.8 ** (t - k) * 0.2 * g[k - 1] for k in range(1, t + 1)) / (1 - 0.8**t)
-        v = sum(0.9 ** (t - k) * 0.1 * g[k - 1] ** 2 for k in range(1, t + 1)) / (1 - 0.9**t)
+        m = sum(0.3 ** (t - k) * 0.7 * g[k - 1] for k in range(1, t + 1)) / (1 - 0.3**t)
+        v = sum(0.4 ** (t - k) * 0.6 * g[k - 1] ** 2 for k in range(1, t + 1)) / (1 - 0.4**t)
         want = want - 0.1 * (m / ((v + 0.5).sqrt() + 1e-3) + 0.2 * want)
     close(trajectory(opt, {"p": p}, [{"p": row} for row in g])["p"], want, 1e-12)
 
@@ -642,6 +643,18 @@ def test_6_a_step_is_its_parts():
     want = {k: p + 0.5 * g for (k, p), g in
             zip(twin.named_parameters(), grad(objective, list(twin.parameters())))}
     close(flat(dict(policy.named_parameters())), flat(want), 1e-10)
+
+
+def test_6_the_loss_is_its_formula():
+    """Off the mask nothing counts; credit per example counts at each of its labels."""
+    log_probs, credit, entropy, kl = (randn(i, 3, 4) for i in range(4))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    for each in (credit, credit[:, 0]):
+        want = sum(-(each[i, t] if each.ndim == 2 else each[i]) * log_probs[i, t]
+                   - 0.3 * entropy[i, t] + 0.7 * kl[i, t]
+                   for i, t in mask.nonzero().tolist()) / 3
+        close(policy_gradient_loss(log_probs, each, mask, entropy=entropy, entropy_coef=0.3, kl=kl,
+                                   kl_coef=0.7), want, 1e-12)
 
 
 def test_6_rollouts_and_what_stays_untouched():
@@ -1883,9 +1896,10 @@ def test_13_where_numbers_end():
         metagradient(filled(Bare(), 0), rows, lambda p: p["embed.weight"].sum(),
                      AdamW(0.1, eps_root=0.0))
     sharp = filled(Bare(), 0)
-    with pytest.raises(dpg.NotFinite, match="tau of example 0, in step 0"):
-        metagradient(sharp, data, lambda p: (p["embed.weight"] * 0).sum().abs().sqrt(), SGD(0.1),
-                     steps=2)
+    for per_token in (False, True):
+        with pytest.raises(dpg.NotFinite, match="tau of example 0, in step 0"):
+            metagradient(sharp, data, lambda p: (p["embed.weight"] * 0).sum().abs().sqrt(),
+                         SGD(0.1), steps=2, per_token=per_token)
     policy = gpt2(4, seed=3)
     before = flat(start(policy))
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0])):
@@ -2082,6 +2096,9 @@ def test_13_how_much_of_a_step_is_seen(method):
         assert run(optimizer).seen.tolist() == pytest.approx(want, rel=1e-5)
         assert (want[0] > 0.9) == (root == 1e3) and (want[0] < 0.1) == (root == 1e-8)
     assert AdamW(0.1).seen(AdamW(0.1).init({"p": torch.zeros(3)}) | {"step": 1}) == 1
+    one, optimizer = {"p": torch.tensor([0.1])}, AdamW(0.1, eps_root=1.0)
+    found = optimizer.seen(optimizer.update(one, one, optimizer.init(one))[1])
+    assert found == pytest.approx(1 / 1.01)
     large = {"p": randn(0, 300, 400)}
     optimizer, small = AdamW(0.1, eps_root=0.1), {"p": large["p"][:64]}
     found = [optimizer.seen(optimizer.update(x, x, optimizer.init(x))[1]) for x in (large, small)]
