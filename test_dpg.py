@@ -884,6 +884,11 @@ def test_9_more_refusals():
         "padded on the left": lambda: generate(
             policy, (ones, ones.triu().flip(1)), samples=1, max_new_tokens=2, seed=0),
         "samples": lambda: generate(policy, (ones, ones), samples=0, max_new_tokens=2, seed=0),
+        "eos_token_id": lambda: generate(policy, (ones, ones), samples=1, max_new_tokens=2, seed=0,
+                                         eos_token_id=2**31),
+        "63 bits": lambda: generate(policy, (ones, ones), samples=1, max_new_tokens=2,
+                                    seed=[2**63] * 4),
+        "start must": lambda: rollouts.examples(2**31),
         "group_size": lambda: advantages(ones[:, 0].float(), ones, group_size=3),
         "baseline": lambda: advantages(ones[:, 0].float(), ones, baseline="median"),
         "finite": lambda: advantages(torch.tensor([1, math.nan, 2, 3]), ones, scale=True),
