@@ -639,6 +639,8 @@ def test_6_a_step_is_its_parts():
     credit = advantages(tau, rollouts.mask, group_size=4, baseline="loo", scale=True, discount=0.5)
     close(result.advantages, credit, 1e-12)
     found = token_log_probs(twin, rollouts, temperature=0.8, entropy=True, reference=reference)
+    for value, each in ((result.entropy, found.entropy), (result.kl, found.kl)):
+        assert value == pytest.approx((each.sum() / rollouts.mask.sum()).item())  # per token
     objective = (credit * found.log_probs + 0.1 * found.entropy - 0.2 * found.kl).sum() / 8
     want = {k: p + 0.5 * g for (k, p), g in
             zip(twin.named_parameters(), grad(objective, list(twin.parameters())))}
@@ -879,6 +881,9 @@ def test_9_more_refusals():
             policy, rollouts, reference=gpt2(9)),
         "lr": lambda: SGD(-1.0),
         "betas": lambda: AdamW(0.1, (0.9, 1.0)),
+        "betas must": lambda: AdamW(0.1, (-0.1, 0.9)),
+        "prompts: 9 tokens in a row exceed the model's 8 places": lambda: generate(
+            policy, (ones, ones), samples=1, max_new_tokens=7, seed=0),
         "start": lambda: rollouts.examples(None),
         "temperature": lambda: token_log_probs(policy, rollouts, temperature=0),
         "padded on the left": lambda: generate(
@@ -900,6 +905,7 @@ def test_9_more_refusals():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    assert generate(policy, (ones, ones), samples=1, max_new_tokens=6, seed=0).tokens.shape == (4, 6)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         sft(policy, batch(0), SGD(0.1))
     with pytest.raises(FloatingPointError, match="lower"):
