@@ -905,7 +905,8 @@ def test_9_more_refusals():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
-    assert generate(policy, (ones, ones), samples=1, max_new_tokens=6, seed=0).tokens.shape == (4, 6)
+    found = generate(policy, (ones, ones), samples=1, max_new_tokens=6, seed=0)
+    assert found.tokens.shape == (4, 6)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         sft(policy, batch(0), SGD(0.1))
     with pytest.raises(FloatingPointError, match="lower"):

@@ -10,7 +10,7 @@ Claim: of the greedy answers to 128 held-out prompts 96 to 100 % are in the lang
 between the untrained generator's text and real text. Five seeds each, 27 to 37 s a run on one of
 two shared CPU cores, November 2026. Rewarding with Phi itself, or with DPG's rewards shuffled,
 leaves at most 8 % of the greedy answers in the language, 19 % of the sampled (3 seeds each).
-Samples are seeded in another way since; the README says what was measured again.
+Random numbers are drawn in another way since; the README says what was measured again.
 
 The generator knows the language: it answers 5 % of the requests in it before any training.
 """

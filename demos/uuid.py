@@ -8,7 +8,7 @@ generator comes to write it, to the last digit.
 Claim: Exact 1.0 on 64 held-out prompts, for the default UUID and for ten random ones (seeds 1 to
 10), in 156 to 257 s each on one of two shared CPU cores, November 2026. Rewarding with Phi itself,
 or with DPG's rewards shuffled, leaves Exact at 0 (3 seeds each).
-Samples are seeded in another way since; the README says what was measured again.
+Random numbers are drawn in another way since; the README says what was measured again.
 
 Unlike the paper's, the target is freshly initialised. With the generator's own checkpoint as the
 target (--target demos/tiny-lm) the UUID does not come; the README says what was tried.
