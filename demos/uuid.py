@@ -132,10 +132,10 @@ def draw(history, said, says, result, path):
     top.plot(steps, [row["exact"] for row in history], label="Exact (whole UUID)")
     looked = [row for row in history if "exact_held_out" in row]
     top.plot([row["step"] for row in looked], [row["exact_held_out"] for row in looked], "--",
-             color="C1", label="Exact, greedy, on held-out prompts")
+             color="C1", label="Exact, greedy, held-out prompts")
     top.set(ylabel="share of a step's samples", ylim=(-0.02, 1.02),
             title=f"The generator learns to write {result['uuid']}")
-    top.legend(loc="upper left")
+    top.legend(loc=(0.07, 0.2), fontsize="small")
     right = top.twinx()
     right.plot(steps, [row["phi"] for row in history], color="grey", lw=1)
     right.set_ylabel("Phi, nats per token (grey)", color="grey")
