@@ -499,9 +499,8 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         trail = None  # the states of one stretch are enough
         trail, z = walk(z, first)
         if first != starts[-1]:
-            kept.append(trail[0] if every == 1 else (trail[0][0], None))  # walked again: no g
-            if offload:
-                kept.append(_map(lambda x: x.to("cpu"), kept.pop()))
+            stored = trail[0] if every == 1 else (trail[0][0], None)  # walked again: no g
+            kept.append(_map(lambda x: x.to("cpu"), stored) if offload else stored)
     _check_losses(losses)
     trained = _leaf(z[0])
     phi = metric(trained)
