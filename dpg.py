@@ -166,7 +166,7 @@ class AdamW:
         0 the step is the gradient's sign, and tau is blind. For T > 1 with v_hat for g^2, m_hat for
         g. Large tensors are measured at every k-th coordinate.
         """
-        strides = [x.numel() // 2**12 | 1 for x in state["m"].values()]  # odd: no matrix's column
+        strides = [x.numel() // 2**10 | 1 for x in state["m"].values()]  # odd: no matrix's column
         m, v = ([x.detach().flatten()[::k] for x, k in zip(state[name].values(), strides)]
                 for name in ("m", "v"))
         k = torch.tensor(strides).repeat_interleave(torch.tensor([len(x) for x in m]))
@@ -271,19 +271,21 @@ class _Loss:
 
     def pull_back(self, params, batch, weights, adjoint, second):
         """With s = <gradient, adjoint>: d s / d weights, this process's rows of tau; and
-        d s / d params, a Hessian-vector product, where `second`. None for what s does not see."""
-        params, taus, total = _leaf(params), [], [None] * len(params)
+        d s / d params, a Hessian-vector product (not `second`: []). None where s is blind to it."""
+        inputs = [weights, *(params.values() if second else ())]
+        total = [None] * len(inputs)
         for part, w in self._parts(batch, weights):
-            w = _leaf(w)
             grads, _ = self._part(params, part, w, len(batch.tokens), True)
             outputs, sides = _linked(grads, adjoint)
-            tau, *products = torch.autograd.grad(outputs, [w, *(params.values() if second else ())],
-                                                 sides, allow_unused=True)
-            taus.append(tau)
-            total = _add(total, products) if second else total
-        summed = iter(_all_reduce([x for x in total if x is not None], self.group))
-        total = [x if x is None else next(summed) for x in total]
-        return None if taus[0] is None else torch.cat(taus), total
+            total = _add(total, torch.autograd.grad(outputs, inputs, sides, allow_unused=True))
+        tau, *products = total
+        summed = iter(_all_reduce([x for x in products if x is not None], self.group))
+        return tau, [x if x is None else next(summed) for x in products]
+
+    def whole(self, batch):
+        """Whether this process computes the minibatch, all of it, and in one part."""
+        rows = len(batch.tokens)
+        return self.group is None and _rows_at_once(self.microbatch, batch.tokens) >= rows
 
     def _parts(self, batch, weights):
         size = _rows_at_once(self.microbatch, batch.tokens)
@@ -399,7 +401,8 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 
     "replay" stores states and rebuilds the rest, one step and, of this, `microbatch` rows at a time
     (None: as in `sft`): beyond the states its memory does not grow with T, nor, with `microbatch`
-    set, with N. One more forward and backward pass. A state is the parameters, the optimizer's
+    set, with N. One more forward and backward pass of each step, but of the last one only where it
+    is more than one micro-batch or there is a `group`. A state is the parameters, the optimizer's
     moments and the gradient, 4 times the parameters with AdamW; it is stored every
     `checkpoint_every` steps, with offload=True in host memory. From 2 on the states between are
     computed again: one more pass, T / k + k states.
@@ -482,11 +485,14 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
     device, starts = next(iter(params.values())).device, range(0, len(batches), every)
     z, kept, losses, seen = (params, optimizer.init(params)), [], [], []
 
-    def walk(z, first):
-        """Steps first .. first + every - 1: each one's z and g, and the z after."""
-        trail = []
-        for batch, w in batches[first:first + every]:
-            grads, value = loss.gradient(z[0], batch, w.detach())
+    def walk(z, first, back):
+        """Steps first .. first + every - 1: each one's z and g, and the z after. If the way back
+        begins here, the last g keeps its graph, where that is no larger than `pull_back`'s."""
+        trail, stop = [], min(first + every, len(batches))
+        for k in range(first, stop):
+            z = _leaf(z)
+            graph = back and k + 1 == stop and loss.whole(batches[k][0])
+            grads, value = loss.gradient(z[0], *batches[k], graph)
             trail.append((z, grads))
             with torch.no_grad():
                 z = optimizer.update(z[0], grads, z[1])
@@ -497,7 +503,7 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
 
     for first in starts:
         trail = None  # the states of one stretch are enough
-        trail, z = walk(z, first)
+        trail, z = walk(z, first, back=first == starts[-1])
         if first != starts[-1]:
             stored = trail[0] if every == 1 else (trail[0][0], None)  # walked again: no g
             kept.append(_map(lambda x: x.to("cpu"), stored) if offload else stored)
@@ -511,17 +517,23 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         if first != starts[-1]:
             trail = [_map(lambda x: x.to(device), kept.pop())]
             if every > 1:
-                trail, _ = walk(trail.pop()[0], first)
+                trail, _ = walk(trail.pop()[0], first, back=True)
         while trail:
             k = first + len(trail) - 1
-            (params, state), grads = _leaf(trail.pop())
-            outputs, sides = _linked(_tensors(optimizer.update(params, grads, state)), adjoint)
+            z, grads = trail.pop()
+            graph = any(g.requires_grad for g in grads.values())
+            if not graph:
+                z, grads = _leaf((z, grads))
+            outputs, sides = _linked(_tensors(optimizer.update(z[0], grads, z[1])), adjoint)
             # The first step's parameters and state need no adjoint.
-            inputs = [*grads.values(), *(_tensors((params, state)) if k > 0 else ())]
+            inputs = [*([batches[k][1]] if graph else grads.values()), *(_tensors(z) if k else ())]
             found = torch.autograd.grad(outputs, inputs, sides, allow_unused=True)
-            of_g, of_z = found[:len(grads)], found[len(grads):]
-            tau, products = loss.pull_back(params, *batches[k], of_g, second=k > 0)
-            adjoint = [*_add(of_z[:len(params)], products), *of_z[len(params):]] if k > 0 else []
+            if graph:  # through g too
+                tau, *adjoint = found
+            else:
+                of_g, of_z = found[:len(grads)], found[len(grads):]
+                tau, products = loss.pull_back(z[0], *batches[k], of_g, second=k > 0)
+                adjoint = [*_add(of_z[:len(products)], products), *of_z[len(products):]]
             taus.append(tau)
     return taus[::-1], phi, trained, losses, seen
 

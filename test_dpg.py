@@ -1372,6 +1372,18 @@ def test_12_pieces_make_the_whole(model, seed, optimizer, steps, every, microbat
           flat(whole.params), 1e-10)
 
 
+@pytest.mark.parametrize("every, microbatch, passes", [
+    (1, None, 5 + 4), (1, 2, 5 + 4), (1, 1, 2 * (5 + 5)), (2, None, 5 + 3 + 3), (9, None, 5 + 4)])
+def test_12_the_replay_keeps_a_graph_where_it_turns_back(every, microbatch, passes):
+    """Each step is computed twice, but not the last before the way back, if it is in one part."""
+    model, data = filled(Bare(5, 3), 0), batch(0, n=10)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    metagradient(model, data, linear(model), AdamW(0.1, eps_root=0.1), steps=5, method="replay",
+                 checkpoint_every=every, microbatch=microbatch)
+    assert len(calls) == passes
+
+
 class Largest(TorchDispatchMode):
     """The most rows that any tensor over the vocabulary has."""
 
