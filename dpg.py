@@ -161,20 +161,20 @@ class AdamW:
     def seen(self, state: dict) -> float:
         """How much of the last step still depends on the size of its gradient, 0 to 1.
 
-        At T = 1 a coordinate's step u = g / sqrt(g^2 + eps_root) has the slope s u / g, where
-        s = eps_root / (g^2 + eps_root); this is the mean of s weighted by |u|. 1 is as with SGD; at
-        0 the step is the gradient's sign, and tau is blind. For T > 1 with v_hat for g^2, m_hat for
-        g. Large tensors are measured at every k-th coordinate.
+        At T = 1 a coordinate's step u = g / (r + eps), r = sqrt(g^2 + eps_root), has the slope
+        s u / g with s = (eps_root + eps r) / (r (r + eps)); this is the mean of s, weighted by |u|.
+        1 is as with SGD; at 0 the step is the gradient's sign, and tau is blind. For T > 1 with
+        v_hat for g^2, m_hat for g. Large tensors are measured at every k-th coordinate.
         """
-        strides = [x.numel() // 2**10 | 1 for x in state["m"].values()]  # odd: no matrix's column
+        strides = [(x.numel() // 2**10) | 1 for x in state["m"].values()]  # odd: no matrix's column
         m, v = ([x.detach().flatten()[::k] for x, k in zip(state[name].values(), strides)]
                 for name in ("m", "v"))
         k = torch.tensor(strides).repeat_interleave(torch.tensor([len(x) for x in m]))
         m, v = torch.cat(m).cpu().double(), torch.cat(v).cpu().double()
-        square = v / (1 - self.betas[1] ** state["step"]) + self.eps_root
-        u = k * m.abs() / square.sqrt().clamp(min=1e-300)
-        total, part = u.sum(), (u * self.eps_root / square.clamp(min=1e-300)).sum()
-        return float(part / total) if total > 0 else 1.0
+        r = (v / (1 - self.betas[1] ** state["step"]) + self.eps_root).sqrt().clamp(min=1e-150)
+        u = k * m.abs() / (r + self.eps)
+        s = (self.eps_root + self.eps * r) / (r * (r + self.eps))
+        return float((u * s).sum() / u.sum()) if u.any() else 1.0
 
 
 class _AdamW(torch.autograd.Function):
@@ -279,8 +279,10 @@ class _Loss:
             outputs, sides = _linked(grads, adjoint)
             total = _add(total, torch.autograd.grad(outputs, inputs, sides, allow_unused=True))
         tau, *products = total
-        summed = iter(_all_reduce([x for x in products if x is not None], self.group))
-        return tau, [x if x is None else next(summed) for x in products]
+        if self.group is not None:  # what this process's rows do not reach, another's may
+            products = [torch.zeros_like(p) if x is None else x
+                        for p, x in zip(inputs[1:], products, strict=True)]
+        return tau, _all_reduce(products, self.group)
 
     def whole(self, batch):
         """Whether this process computes the minibatch, all of it, and in one part."""
@@ -308,7 +310,7 @@ class _Loss:
 
 
 def _all_reduce(tensors, group):
-    """The sums over the processes, new tensors: some of those that autograd returns may be one."""
+    """The sums over the processes. Not in place: autograd may return one tensor twice."""
     if group is None or not tensors:
         return tensors
     flat = torch.cat([x.flatten() for x in tensors])
@@ -332,8 +334,9 @@ def _nll(model, params, examples):
         out = functional_call(model, params, (examples.tokens[:, :-1],), cache)
         logits = _logits(out, model)  # (N, L - 1, V)
     labels = examples.tokens[:, 1:]
-    _require(bool((labels < logits.shape[2]).all()),
-             f"tokens must be below the vocabulary's {logits.shape[2]}, got {int(labels.max())}")
+    largest = int(labels.max())
+    _require(largest < logits.shape[2],
+             f"tokens must be below the vocabulary's {logits.shape[2]}, got {largest}")
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return nll.view_as(labels) * examples.mask[:, 1:]
 
@@ -379,8 +382,8 @@ class Attribution(NamedTuple):
     """What `metagradient` returns; all detached."""
 
     tau: Tensor  # (N,), or (N, L) with 0 where the mask is 0
-    metric: float  # Phi(A(1, D))
-    params: Params  # A(1, D)
+    metric: float  # Phi(A(w, D)), at w = 1 unless given
+    params: Params  # A(w, D)
     losses: Tensor  # (steps,): minibatch k's loss before update k
     seen: Tensor | None = None  # (steps,): `AdamW.seen` of update k; below 0.9 mistrust tau
 
@@ -428,7 +431,6 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
         _require(not given or method == "replay", f'{name} needs method="replay"')
     shape = tuple(examples.tokens.shape if per_token else examples.tokens.shape[:1])
     weights = _check_weights(_ones(model, shape) if weights is None else weights, examples, shape)
-    batches = _minibatches(examples, _leaf(weights), steps)
     params, frozen = _parameters(model)
     loss = _Loss(model, frozen, microbatch, group)
 
@@ -436,6 +438,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
         return _measure(metric, _merge(model, params, frozen))
 
     with torch.enable_grad():
+        batches = _minibatches(examples, _leaf(weights), steps)
         if method == "unroll":
             found = _unroll(loss, batches, measured, optimizer, params)
         else:
@@ -444,11 +447,14 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     _require(any(tau is not None for tau in taus), _BLIND)
     tau = torch.cat([torch.zeros_like(w) if tau is None else tau
                      for tau, (_, w) in zip(taus, batches, strict=True)]).detach()
-    for rows in _everywhere((~torch.isfinite(tau)).nonzero()[:1, 0].tolist(), group):
-        for row in rows:
-            raise NotFinite(f"tau of example {row}, in step {row // len(batches[0][1])} of the "
-                            "inner run, is not finite: its derivatives overflow; lower lr or raise "
-                            "eps_root")
+    bad = (~torch.isfinite(tau)).nonzero()[:1, 0].tolist()
+    bad = [(rank, *rows) for rank, rows in enumerate(_everywhere(bad, group)) if rows]
+    if bad:
+        rank, row = bad[0]
+        where = "" if group is None else f" of process {rank}"
+        raise NotFinite(f"tau of example {row}{where}, in step {row // len(batches[0][1])} of the "
+                        "inner run, is not finite: its derivatives overflow; lower lr or raise "
+                        "eps_root")
     if per_token:
         tau = torch.where(examples.mask != 0, tau, 0)  # exactly 0, where autograd leaves -0
     params = {k: p.detach() for k, p in _merge(model, params, frozen).items()}
@@ -505,8 +511,8 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         trail = None  # the states of one stretch are enough
         trail, z = walk(z, first, back=first == starts[-1])
         if first != starts[-1]:
-            stored = trail[0] if every == 1 else (trail[0][0], None)  # walked again: no g
-            kept.append(_map(lambda x: x.to("cpu"), stored) if offload else stored)
+            stored = trail if every == 1 else trail[0][0]  # without g where it is walked again
+            kept.append(_map(lambda x: x.detach().to("cpu"), stored) if offload else stored)
     _check_losses(losses)
     trained = _leaf(z[0])
     phi = metric(trained)
@@ -515,9 +521,9 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
                *(None for _ in state)]
     for first in reversed(starts):
         if first != starts[-1]:
-            trail = [_map(lambda x: x.to(device), kept.pop())]
+            trail = _map(lambda x: x.to(device), kept.pop())
             if every > 1:
-                trail, _ = walk(trail.pop()[0], first, back=True)
+                trail, _ = walk(trail, first, back=True)
         while trail:
             k = first + len(trail) - 1
             z, grads = trail.pop()
@@ -552,12 +558,17 @@ def _add(first, second):
 
 
 def _map(change, tree):
-    """The same nest of tuples and dicts (parameters, optimizer states), each tensor changed."""
+    """The same nest of dicts, tuples and lists (parameters, states), each tensor changed."""
     if isinstance(tree, Tensor):
         return change(tree)
-    if isinstance(tree, tuple):
-        return tuple(_map(change, part) for part in tree)
-    return {k: _map(change, x) for k, x in tree.items()} if isinstance(tree, dict) else tree
+    if isinstance(tree, dict):
+        return {k: _map(change, x) for k, x in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_map(change, part) for part in tree)
+    if not (tree is None or isinstance(tree, (int, float, str))):
+        raise TypeError("optimizer: its state must be made of tensors and numbers in dicts, tuples "
+                        f"and lists, got {type(tree).__name__}")
+    return tree
 
 
 def _leaf(tree):
@@ -758,10 +769,10 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt
     (GRPO), N / T within an inner minibatch, whose rewards share a level. baseline "mean" subtracts
     the group's mean, "loo" the mean of the others (departure 3); per token, means are over the rows
-    that have a label at the same position. scale=True divides by the group's standard deviation
-    about the mean. A spread as small as rounding errors counts as zero: where a group (per token, a
-    position of it) has none, "mean" and "loo" give exactly 0, and so does scale where the whole
-    group has none.
+    that have a label at the same position; one without others keeps its reward with "loo".
+    scale=True divides by the group's standard deviation about the mean. A spread as small as
+    rounding errors counts as zero: where a group (per token, a position of it) has none among
+    several rows, "mean" and "loo" give exactly 0, and so does scale where the whole group has none.
     """
     _check_tensor(tau, "tau", floating=True)
     _check_tensor(mask, "mask")
@@ -783,7 +794,7 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
         labels = torch.ones_like(tau)[:, None]
         reward = tau[:, None]
     else:
-        _require(_is_number(discount) and 0 <= discount <= 1,
+        _require(_is_discount(discount),
                  f"discount must be in [0, 1] when tau is per token, got {discount!r}")
         _require(mask.shape == tau.shape,
                  f"mask must have the shape of tau {tuple(tau.shape)}, got {tuple(mask.shape)}")
@@ -887,7 +898,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     update from all rewards. Where K divides the prompts of each inner minibatch, these are those of
     a single process.
     """
-    _check_step(policy, samples, seed, temperature, entropy_coef, kl_coef, reference, microbatch)
+    _check_step(policy, samples, seed, temperature, discount, entropy_coef, kl_coef, reference,
+                microbatch)
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, mask = _check_prompts(prompts)
     _require(len(tokens) % world == 0,
@@ -912,7 +924,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
              f"or (N, L_new + 1) for rows as Rollouts.examples makes them, got {tuple(tau.shape)}")
     credit = advantages(tau, written.mask, discount=discount, **how)
     mine = credit.unflatten(0, (-1, samples))[share].flatten(0, 1)
-    policy_optimizer.zero_grad()
+    policy.zero_grad()
     totals = tau.new_zeros(3)  # of entropy, KL, tokens
     size = _rows_at_once(microbatch, rollouts.tokens)
     for rows in zip(*(x.split(size) for x in rollouts), mine.split(size)):
@@ -925,8 +937,12 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         kl = entropy * math.nan if kl is None else kl
         totals += torch.stack([entropy.sum(), kl.sum(), part.mask.sum()]).detach()
     if group is not None:
-        for x in (totals, *(p.grad for p in policy.parameters() if p.grad is not None)):
-            dist.all_reduce(x, group=group)
+        dist.all_reduce(totals, group=group)
+        reached = _everywhere([p.grad is not None for p in policy.parameters()], group)
+        for p, *somewhere in zip(policy.parameters(), *reached, strict=True):
+            if any(somewhere):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad, group=group)
     for name, p in policy.named_parameters():  # summed: all processes stop, or none
         if p.grad is not None and not torch.isfinite(p.grad).all():
             raise NotFinite(f"the policy's gradient of {name} is not finite: its own training "
@@ -966,6 +982,10 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_discount(value):
+    return _is_number(value) and 0 <= value <= 1
+
+
 def _is_whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -992,12 +1012,15 @@ def _check_optimizer(optimizer):
                         f"{type(optimizer).__name__}")
 
 
-def _check_step(policy, samples, seed, temperature, entropy_coef, kl_coef, reference, microbatch):
+def _check_step(policy, samples, seed, temperature, discount, entropy_coef, kl_coef, reference,
+                microbatch):
     """What `dpg_step` would otherwise be refused for only after the inner run."""
     _check_policy(policy)
     _check_count(samples, "samples")
     _require(_is_whole(seed), f"seed must be a whole number, got {seed!r}")
     _check_number(temperature, "temperature", above=True)  # the choice at 0 has no gradient
+    _require(discount is None or _is_discount(discount),
+             f"discount must be None, or in [0, 1] when tau is per token, got {discount!r}")
     _check_number(entropy_coef, "entropy_coef")
     _check_number(kl_coef, "kl_coef")
     _require(kl_coef == 0 or reference is not None, "kl_coef needs a reference")
@@ -1095,8 +1118,9 @@ def _check_tokens(model, tokens, name, length):
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", max(sizes, default=math.inf))
-    _require(bool((tokens < vocabulary).all() and (tokens >= 0).all()), f"{name}: token ids must "
-             f"be 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    low, high = int(tokens.min()), int(tokens.max())
+    _require(0 <= low and high < vocabulary,
+             f"{name}: token ids must be 0 to {vocabulary - 1}, got {low} to {high}")
     places = getattr(config, "max_position_embeddings", math.inf)
     _require(length <= places,
              f"{name}: {length} tokens in a row exceed the model's {places} places")

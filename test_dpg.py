@@ -310,6 +310,15 @@ def test_2_tau_per_token(model, seed, optimizer, steps):
     assert (tau[~data.mask] == 0).all()
 
 
+@pytest.mark.parametrize("method", ["unroll", "replay"])
+def test_2_also_where_gradients_are_off(method):
+    model, data = filled(Bare(), 0), batch(0)
+    run = partial(metagradient, model, data, linear(model), SGD(0.1), steps=2, method=method)
+    want = run().tau
+    with torch.no_grad():
+        close(run().tau, want, 1e-12)
+
+
 @given(model=models, seed=seeds, optimizer=optimizers, steps=st.sampled_from([1, 2, 3, 4]),
        per_token=st.booleans(), frozen=st.booleans())
 @settings(max_examples=15)
@@ -622,6 +631,18 @@ def test_6_entropy_and_kl_are_exact():
         got.append(sum((g * d).sum() for g, d in zip(slopes, directions)))
         want.append(central(moved, zero))
     close(torch.stack(got), torch.stack(want), 1e-7)
+
+
+def test_6_a_step_is_its_own_gradient():
+    """Nothing is left from the step before, also of parameters that the optimizer does not hold."""
+    policy, found = gpt2(3, seed=3), []
+    for _ in range(3):
+        dpg_step(policy, torch.optim.SGD([policy.transformer.wpe.weight], lr=0.0),
+                 prompts_of([1], [2, 1]), partial(Rollouts.examples, start=START),
+                 partial(metagradient, TARGET, metric=LIKELIHOOD, optimizer=SGD(0.3)),
+                 samples=4, max_new_tokens=2, seed=5)
+        found.append(policy.transformer.wte.weight.grad.clone())
+    assert found[0].any() and torch.equal(found[0], found[2])
 
 
 def test_6_a_step_is_its_parts():
@@ -1384,6 +1405,51 @@ def test_12_the_replay_keeps_a_graph_where_it_turns_back(every, microbatch, pass
     assert len(calls) == passes
 
 
+class Momentum:
+    """An optimizer of one's own, its state in a list."""
+
+    def init(self, params):
+        return [{k: torch.zeros_like(p) for k, p in params.items()}, "heavy ball", None]
+
+    def update(self, params, grads, state):
+        speed = {k: 0.9 * state[0][k] + g for k, g in grads.items()}
+        return {k: p - 0.1 * speed[k].tanh() for k, p in params.items()}, [speed, *state[1:]]
+
+    def seen(self, state):
+        return 1.0
+
+
+class Slotted(Momentum):
+    def init(self, params):
+        return types.SimpleNamespace(speed=params)
+
+
+def test_12_an_optimizer_of_ones_own():
+    model, data = filled(Bare(), 0), batch(0, n=8)
+    check_differences(metagradient, model, data, linear(model), Momentum(), 4, per_token=False)
+    run = partial(metagradient, model, data, linear(model), Momentum(), steps=4)
+    for every in (1, 2, 9):
+        close(run(method="replay", checkpoint_every=every, offload=True).tau, run().tau, 1e-12)
+    with pytest.raises(TypeError, match="optimizer: its state .* got SimpleNamespace"):
+        metagradient(model, data, linear(model), Slotted(), steps=4, method="replay")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_12_states_in_host_memory_hold_nothing_on_the_device(monkeypatch, every):
+    to, moved = torch.Tensor.to, []
+
+    def copied(x, where):
+        moved.append(x.requires_grad)
+        return to(x, where, copy=True)
+
+    model, data = filled(Bare(), 0), batch(0, n=6)
+    run = partial(metagradient, model, data, linear(model), AdamW(0.1), steps=6, method="replay")
+    want = run().tau
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    close(run(checkpoint_every=every, offload=True).tau, want, 1e-12)
+    assert moved.count(True) == 0 and len(moved) >= 12
+
+
 class Largest(TorchDispatchMode):
     """The most rows that any tensor over the vocabulary has."""
 
@@ -1501,7 +1567,10 @@ def process(rank, folder):
             lambda g: g * NAN))
     except dpg.NotFinite as error:
         stopped = str(error)
-    torch.save((found, step, refused, stopped), f"{folder}/{rank}.pt")
+    # A parameter that only one process's rows reach.
+    apart = a_step(2, group, lambda policy: rank and policy.transformer.h[0].mlp.
+                   register_forward_hook(lambda *parts: parts[-1].detach()))[1]
+    torch.save((found, step, refused, stopped, apart), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -1524,7 +1593,21 @@ class Summed(Bare):
         return self.embed(tokens).cumsum(1).tanh() @ (self.head.weight + self.more).T
 
 
-TWO = [(gpt2, False, None, SGD(0.3)), (gpt2, True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2)),
+class Experts(Bare):
+    """Rows of one kind never reach the head of the other: it is not even in their graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(self.head.in_features, self.head.out_features)
+
+    def forward(self, tokens):
+        hidden, chosen = self.embed(tokens).cumsum(1).tanh(), tokens[:, 0] % 2 == 0
+        return sum(head(hidden) * here[:, None, None]
+                   for head, here in ((self.head, chosen), (self.other, ~chosen)) if here.any())
+
+
+TWO = [(lambda: filled(Experts(), 0), False, None, AdamW(0.1, eps_root=1e-2)),
+       (gpt2, False, None, SGD(0.3)), (gpt2, True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2)),
        (lambda: filled(Summed(), 0), False, None, SGD(0.3))]
 
 
@@ -1539,8 +1622,9 @@ def test_12_two_processes_are_one(tmp_path):
             close(found[i].tau, want.tau[rank::2], 1e-10)
             close(flat(found[i].params), flat(want.params), 1e-10)
             close(found[i].losses, want.losses, 1e-10)
-    for _, step, refused, stopped in results:
+    for _, step, refused, stopped, apart in results:
         check_step(step, a_step())
+        assert torch.equal(apart, results[0][-1])
         assert "one shape" in refused and "wte" in stopped
 
 
@@ -1981,6 +2065,7 @@ def test_13_refused_before_work_is_done():
     ("baseline", dict(baseline="median")), ("group_size", dict(group_size=5)),
     ("scale", dict(scale=1)), ("entropy_coef", dict(entropy_coef=-0.1)),
     ("kl_coef needs a reference", dict(kl_coef=0.1)), ("samples", dict(samples=0)),
+    ("discount", dict(discount=1.1)), ("discount", dict(discount=True)),
     ("microbatch", dict(microbatch=0)), ("dropout", dict(policy=GPT2LMHeadModel(gpt2().config))),
 ])
 def test_13_a_step_is_refused_before_anything_is_written(monkeypatch, message, change):
@@ -2105,7 +2190,8 @@ def test_13_how_much_of_a_step_is_seen(method):
     assert run(SGD(0.1)).seen.tolist() == [1, 1, 1]
     b1, b2 = 0.7, 0.9
     for root in (1e-8, 1e-3, 1e3):
-        optimizer, params, history, want = AdamW(0.1, (b1, b2), eps_root=root), start(model), [], []
+        optimizer = AdamW(0.1, (b1, b2), eps=0.0, eps_root=root)
+        params, history, want = start(model), [], []
         for k, rows in enumerate(torch.arange(6).chunk(3), 1):
             part = Examples(data.tokens[rows], data.mask[rows])
             each = token_losses(model, params, part).sum(1).mean()
@@ -2123,6 +2209,11 @@ def test_13_how_much_of_a_step_is_seen(method):
     one, optimizer = {"p": torch.tensor([0.1])}, AdamW(0.1, eps_root=1.0)
     found = optimizer.seen(optimizer.update(one, one, optimizer.init(one))[1])
     assert found == pytest.approx(1 / 1.01)
+    for eps in (1e-2, 1e-1, 1.0):  # the slope of g / (sqrt(g^2 + eps_root) + eps), as a share
+        optimizer, g = AdamW(0.1, eps_root=1e-6, eps=eps), torch.tensor([0.1], dtype=torch.float64)
+        slope = central(lambda g: g[0] / ((g[0] ** 2 + 1e-6).sqrt() + eps), g)
+        found = optimizer.seen(optimizer.update({"p": g}, {"p": g}, optimizer.init({"p": g}))[1])
+        assert found == pytest.approx((slope * ((g**2 + 1e-6).sqrt() + eps)).item(), rel=1e-5)
     large = {"p": randn(0, 300, 400)}
     optimizer, small = AdamW(0.1, eps_root=0.1), {"p": large["p"][:64]}
     found = [optimizer.seen(optimizer.update(x, x, optimizer.init(x))[1]) for x in (large, small)]
