@@ -188,26 +188,26 @@ class _AdamW(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, g, m, v, o, step):
         (b1, b2), c1, c2 = o.betas, 1 - o.betas[0] ** step, 1 - o.betas[1] ** step
-        ctx.eps, ctx.rate = c2**0.5 * o.eps, o.lr * c2**0.5 / c1
-        ctx.keep = 1 - o.lr * o.weight_decay
-        ctx.betas, ctx.smooth = (b1, b2), o.eps_root > 0
+        ctx.betas, ctx.keep, ctx.rate = o.betas, 1 - o.lr * o.weight_decay, o.lr * c2**0.5 / c1
+        ctx.eps, ctx.eps_root = c2**0.5 * o.eps, c2 * o.eps_root
         m = m.lerp(g, 1 - b1)
-        v = torch.addcmul(b2 * v, g, g, value=1 - b2)
-        root = (v + c2 * o.eps_root).sqrt_().add_(ctx.eps)
-        ctx.save_for_backward(g, m, root)
+        v = (b2 * v).addcmul_(g, g, value=1 - b2)
+        root = (v + ctx.eps_root).sqrt_().add_(ctx.eps)
+        ctx.save_for_backward(g, m, v)
         return torch.addcdiv(ctx.keep * p if ctx.keep != 1 else p, m, root, value=-ctx.rate), m, v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dp, dm, dv):  # the adjoints of p', m', v'
-        (g, m, root), (b1, b2) = ctx.saved_tensors, ctx.betas
-        _require(ctx.smooth or bool((root > ctx.eps).all()), "eps_root = 0, but the gradient of a "
-                 "coordinate is exactly 0, where Adam has no derivative; set eps_root > 0")
+        (g, m, v), (b1, b2) = ctx.saved_tensors, ctx.betas
+        root = (v + ctx.eps_root).sqrt_().add_(ctx.eps)
+        _require(ctx.eps_root > 0 or bool((root > ctx.eps).all()), "eps_root = 0, but the gradient "
+                 "of a coordinate is exactly 0, where Adam has no derivative; set eps_root > 0")
         ratio = dp / root
         dm = torch.add(dm, ratio, alpha=-ctx.rate)
-        dv = torch.addcdiv(dv, ratio * m, root * (root - ctx.eps), value=ctx.rate / 2)
+        dv = torch.addcdiv(dv, ratio.mul_(m), root.mul_(root - ctx.eps), value=ctx.rate / 2)
         dg = torch.addcmul((1 - b1) * dm, g, dv, value=2 * (1 - b2))
-        return ctx.keep * dp if ctx.keep != 1 else dp, dg, b1 * dm, b2 * dv, None, None
+        return ctx.keep * dp if ctx.keep != 1 else dp, dg, dm.mul_(b1), dv.mul_(b2), None, None
 
 
 Optimizer = SGD | AdamW
@@ -491,17 +491,20 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
     device, starts = next(iter(params.values())).device, range(0, len(batches), every)
     z, kept, losses, seen = (params, optimizer.init(params)), [], [], []
 
+    def link(z, grads):
+        """A step: z, g, and the z after, with the graph of the update."""
+        return z, grads, optimizer.update(z[0], grads, z[1])
+
     def walk(z, first, back):
-        """Steps first .. first + every - 1: each one's z and g, and the z after. If the way back
-        begins here, the last g keeps its graph, where that is no larger than `pull_back`'s."""
+        """Steps first .. first + every - 1, as links, and the z after. If the way back begins here,
+        the last g keeps its graph too, where that is no larger than `pull_back`'s."""
         trail, stop = [], min(first + every, len(batches))
         for k in range(first, stop):
             z = _leaf(z)
             graph = back and k + 1 == stop and loss.whole(batches[k][0])
             grads, value = loss.gradient(z[0], *batches[k], graph)
-            trail.append((z, grads))
-            with torch.no_grad():
-                z = optimizer.update(z[0], grads, z[1])
+            trail.append(link(z, grads if graph else _leaf(grads)))
+            z = _map(Tensor.detach, trail[-1][2])
             if len(losses) < len(batches):  # the first time
                 losses.append(value)
                 seen.append(optimizer.seen(z[1]))
@@ -511,8 +514,8 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
         trail = None  # the states of one stretch are enough
         trail, z = walk(z, first, back=first == starts[-1])
         if first != starts[-1]:
-            stored = trail if every == 1 else trail[0][0]  # without g where it is walked again
-            kept.append(_map(lambda x: x.detach().to("cpu"), stored) if offload else stored)
+            stored = trail[0] if every == 1 else trail[0][:1]  # only z where it is walked again
+            kept.append(_map(lambda x: x.detach().to("cpu"), stored[:2]) if offload else stored)
     _check_losses(losses)
     trained = _leaf(z[0])
     phi = metric(trained)
@@ -521,16 +524,18 @@ def _replay(loss, batches, metric, optimizer, params, every, offload):
                *(None for _ in state)]
     for first in reversed(starts):
         if first != starts[-1]:
-            trail = _map(lambda x: x.to(device), kept.pop())
+            stored = kept.pop()
+            if offload:
+                stored = _leaf(_map(lambda x: x.to(device), stored))
             if every > 1:
-                trail, _ = walk(trail, first, back=True)
+                trail, _ = walk(*stored, first, back=True)
+            else:
+                trail = [link(*stored) if offload else stored]
         while trail:
             k = first + len(trail) - 1
-            z, grads = trail.pop()
-            graph = any(g.requires_grad for g in grads.values())
-            if not graph:
-                z, grads = _leaf((z, grads))
-            outputs, sides = _linked(_tensors(optimizer.update(z[0], grads, z[1])), adjoint)
+            z, grads, after = trail.pop()
+            graph = not all(g.is_leaf for g in grads.values())
+            outputs, sides = _linked(_tensors(after), adjoint)
             # The first step's parameters and state need no adjoint.
             inputs = [*([batches[k][1]] if graph else grads.values()), *(_tensors(z) if k else ())]
             found = torch.autograd.grad(outputs, inputs, sides, allow_unused=True)
