@@ -2078,6 +2078,161 @@ def test_13_a_step_is_refused_before_anything_is_written(monkeypatch, message, c
         dpg_step(**how | change)
 
 
+class Narrow(Bare):
+    """It reads 6 tokens and writes 4."""
+
+    def __init__(self):
+        super().__init__(6)
+        self.head = nn.Linear(3, 4)
+
+
+def each_wrong(call, **choices):
+    """(name of the argument, the call with one wrong value) for every value."""
+    for name, values in choices.items():
+        for value in values:
+            yield name, partial(call, **{name: value})
+
+
+def test_13_at_the_limits():
+    """The last value that is refused, beside the first that is taken; and what is nearly right."""
+    ones, policy, data = torch.ones(4, 3, dtype=int), gpt2(), batch(0)
+    one, long = torch.ones(4, 3), torch.ones(4, 8, dtype=int)
+    rollouts = Rollouts(ones, ones, ones, ones)
+    hole, none = torch.tensor([[1, 0, 1]] * 4), ones.clone()
+    none[2] = 0
+    write = partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0)
+    attribute = partial(metagradient, policy, data, lm_metric(policy, data), SGD(0.1),
+                        method="replay")
+    train = partial(sft, policy, data, SGD(0.1))
+    centre = partial(advantages, one[:, 0], ones)
+    credit = partial(advantages, one, ones, discount=0.5)
+    lose = partial(policy_gradient_loss, one, one, ones, entropy=one, kl=one)
+    full, odd = (Rollouts(long[:, :n], long[:, :n], ones, ones) for n in (6, 5))
+    for right in (
+            partial(write, seed=[0, 2**63 - 1, 5, 5]), partial(write, eos_token_id=2**31 - 1),
+            partial(write, eos_token_id=[0, 1]), partial(write, max_new_tokens=6),
+            partial(rollouts.examples, 0), partial(rollouts.examples, 2**31 - 1),
+            partial(attribute, steps=4, checkpoint_every=2**31 - 1), partial(AdamW, 1, [0, 0]),
+            partial(centre, group_size=1), partial(credit, discount=0, group_size=4),
+            partial(lose, entropy_coef=0, kl_coef=1), partial(token_log_probs, policy, full),
+            partial(token_log_probs, policy, odd), partial(SGD, 5e-324)):
+        right()
+    for name, call in [
+        *each_wrong(AdamW, lr=[0, INF, NAN, True, "1"]), *each_wrong(partial(AdamW, 0.1), betas=[
+            (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9, {0.1: 0, 0.2: 0}],
+            eps=[-5e-324, INF], eps_root=[-1e-9, NAN], weight_decay=[-0.1, INF]),
+        *each_wrong(SGD, lr=[0, -1.0, INF]),
+        *each_wrong(write, samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31],
+                    temperature=[-1, INF, NAN], seed=[None, 1.0, [1] * 3, [1] * 5, [-1] * 4,
+                                                      [2**63] * 4, [True] * 4],
+                    eos_token_id=[-1, 2**31, 1.0, [0, 2**31], True], microbatch=[0, True, 2**31]),
+        *each_wrong(attribute, steps=[0, -1, 3, 5, True, 2.0], method=["rolled", None],
+                    per_token=[0, None], offload=[1], checkpoint_every=[0, 2**31],
+                    microbatch=[-1, 2**31], weights=[one[:, 0] * NAN, torch.ones(4, 1),
+                                                     torch.ones(5), torch.ones(4).half()]),
+        *each_wrong(train, weights=[torch.ones(3), torch.ones(4, 4), one[:, 0] / 0],
+                    steps=[0, -2, 8]),
+        *each_wrong(partial(lm_metric, policy, data), microbatch=[0, -1, 0.5]),
+        *each_wrong(partial(rollouts.examples), start=[-1, 2**31, True, 0.0]),
+        *each_wrong(centre, group_size=[0, -2, 3, 8, True, 2.0], scale=[0, None],
+                    baseline=["others", None], discount=[0.5]),
+        *each_wrong(credit, discount=[None, -1e-9, 1.01, NAN, True]),
+        *each_wrong(lose, entropy_coef=[-0.1, INF, True], kl_coef=[-0.1, NAN]),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            call()
+    for message, call in {
+        "rollouts: 9 tokens in a row": lambda: token_log_probs(
+            policy, Rollouts(long[:, :7], long[:, :7], ones, ones)),
+        "prompts: 9 tokens": lambda: write(max_new_tokens=7),
+        "examples.tokens: 9 tokens": lambda: sft(policy, Examples(
+            torch.ones(1, 10, dtype=int), torch.tensor([[0] + [1] * 9])), SGD(0.1)),
+        "below the vocabulary's 4, got 4": lambda: sft(
+            filled(Narrow(), 0), Examples(torch.tensor([[1, 4]]), torch.tensor([[0, 1]])),
+            SGD(0.1)),
+        "below the vocabulary's 4, got 5": lambda: sft(
+            filled(Narrow(), 0), Examples(torch.tensor([[1, 5]]), torch.tensor([[0, 1]])),
+            SGD(0.1)),
+        r"log_probs \(4, 2\), got \(4, 3\)": lambda: policy_gradient_loss(
+            one[:, :2], one[:, 0], ones),
+        r"log_probs \(4, 3\), got \(4, 2\)": lambda: policy_gradient_loss(
+            one, one[:, 0], ones[:, :2]),
+        r"log_probs must be \(N, L_new\), got \(4,\)": lambda: policy_gradient_loss(
+            one[:, 0], one[:, 0], ones[:, 0]),
+        r"log_probs must be \(N, L_new\), got \(4, 0\)": lambda: policy_gradient_loss(
+            one[:, :0], one[:, 0], ones[:, :0]),
+        r"advantages must be \(N,\)": lambda: policy_gradient_loss(one, one[:, :2], ones),
+        "advantages must be finite": lambda: policy_gradient_loss(one, one / 0, ones),
+        "log_probs must be finite": lambda: policy_gradient_loss(one * NAN, one, ones),
+        "entropy must have the shape": lambda: lose(entropy=one[:, :2], entropy_coef=0.1),
+        "kl must be finite": lambda: lose(kl=one * INF, kl_coef=0.1),
+        "kl_coef needs kl": lambda: lose(kl=None, kl_coef=0.1),
+        "mask must hold only 0 and 1": lambda: policy_gradient_loss(one, one, ones * 2),
+        r"mask has no label in rows \[2\]": lambda: policy_gradient_loss(one, one, none),
+        r"tau must be \(N,\) or \(N, L_new\), got \(4, 3, 1\)": lambda: advantages(
+            one[..., None], ones),
+        r"tau must be .* got \(0,\)": lambda: advantages(one[:0, 0], ones[:0]),
+        r"tau must be .* got \(4, 0\)": lambda: advantages(one[:, :0], ones[:, :0], discount=1),
+        r"tau must be .* got \(\)": lambda: advantages(one[0, 0], ones),
+        "tau must be finite": lambda: advantages(one / 0, ones, discount=1),
+        "the N = 4 rows of tau": lambda: advantages(one[:, 0], ones[:3]),
+        r"mask must have the shape of tau \(4, 3\), got \(4, 2\)": lambda: advantages(
+            one, ones[:, :2], discount=1),
+        r"shape \(n, P\), got \(4, 3\) and \(4, 2\)": lambda: generate(
+            policy, (ones, ones[:, :2]), samples=1, max_new_tokens=2, seed=0),
+        r"shape \(n, P\), got \(4, 3, 1\)": lambda: generate(
+            policy, (ones[..., None], ones[..., None]), samples=1, max_new_tokens=2, seed=0),
+        r"shape \(n, P\), got \(4, 0\)": lambda: generate(
+            policy, (ones[:, :0], ones[:, :0]), samples=1, max_new_tokens=2, seed=0),
+        r"token ids \(int64\)": lambda: generate(
+            policy, (ones.int(), ones), samples=1, max_new_tokens=2, seed=0),
+        "prompts must be padded on the left": lambda: token_log_probs(
+            policy, Rollouts(ones, hole, ones, ones)),
+        "on the left .padding": lambda: token_log_probs(
+            policy, Rollouts(ones, ones * 2, ones, ones)),
+        "prompts: token ids must be 0 to 3, got 1 to 4": lambda: generate(
+            policy, (ones + torch.tensor([3, 0, 0]), ones), samples=1, max_new_tokens=2, seed=0),
+        "rollouts: token ids must be 0 to 3, got -1 to 1": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones - torch.tensor([0, 0, 2]), ones)),
+        "rollouts.mask has no label": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones, none)),
+        "with N = 4": lambda: token_log_probs(policy, Rollouts(ones, ones, ones[:3], ones[:3])),
+        "with N = 4 as": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones[:, :0], ones[:, :0])),
+        r"rollouts.tokens \(int64\)": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones.int(), ones)),
+        r"L_new\) with N": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones, ones[:, :2])),
+        r"must be \(N, L\) int64, got \(3,\)": lambda: sft(policy, Examples(ones[0], ones[0]),
+                                                         SGD(0.1)),
+        r"int64, got \(4, 3\) torch.int32": lambda: sft(policy, Examples(ones.int(), ones),
+                                                      SGD(0.1)),
+        r"int64, got \(0, 3\)": lambda: sft(policy, Examples(ones[:0], ones[:0]), SGD(0.1)),
+        r"shape of tokens \(4, 3\), got \(4, 2\)": lambda: sft(
+            policy, Examples(ones, hole[:, 1:]), SGD(0.1)),
+        "column 0": lambda: sft(policy, Examples(ones, ones), SGD(0.1)),
+        "only 0 and 1": lambda: sft(policy, Examples(ones, ones.cumsum(1) - 1), SGD(0.1)),
+        "no parameters": lambda: sft(nn.ReLU(), data, SGD(0.1)),
+        "requires_grad=True": lambda: sft(gpt2().requires_grad_(False), data, SGD(0.1)),
+        "one element": lambda: metagradient(policy, data, lambda p: p["transformer.wpe.weight"][0],
+                                            SGD(0.1)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    for message, call in {
+        "rollouts must be Rollouts, got tuple": lambda: token_log_probs(policy, tuple(rollouts)),
+        "rollouts.tokens must be a tensor, got list": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, [1], ones)),
+        "rollouts.mask must be a tensor, got NoneType": lambda: token_log_probs(
+            policy, Rollouts(ones, ones, ones, None)),
+        "examples.mask must be a tensor": lambda: sft(policy, Examples(ones, None), SGD(0.1)),
+        "log_probs must be a tensor": lambda: policy_gradient_loss(None, one, ones),
+        "tau must be a tensor": lambda: advantages([1.0], ones),
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_13_a_reward_and_a_reference_of_the_wrong_kind():
     policy = gpt2()
     how = dict(samples=2, max_new_tokens=2, seed=0)
@@ -2188,8 +2343,7 @@ def test_13_how_much_of_a_step_is_seen(method):
     model, data = filled(Bare(), 0), batch(0, n=6)
     run = partial(metagradient, model, data, linear(model), steps=3, method=method)
     assert run(SGD(0.1)).seen.tolist() == [1, 1, 1]
-    b1, b2 = 0.7, 0.9
-    for root in (1e-8, 1e-3, 1e3):
+    for b1, b2, root in ((0.7, 0.9, 1e-8), (0.4, 0.3, 1e-3), (0.7, 0.9, 1e3)):
         optimizer = AdamW(0.1, (b1, b2), eps=0.0, eps_root=root)
         params, history, want = start(model), [], []
         for k, rows in enumerate(torch.arange(6).chunk(3), 1):
