@@ -406,9 +406,10 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     (None: as in `sft`): beyond the states its memory does not grow with T, nor, with `microbatch`
     set, with N. One more forward and backward pass of each step, but of the last one only where it
     is more than one micro-batch or there is a `group`. A state is the parameters, the optimizer's
-    moments and the gradient, 4 times the parameters with AdamW; it is stored every
-    `checkpoint_every` steps, with offload=True in host memory. From 2 on the states between are
-    computed again: one more pass, T / k + k states.
+    moments and the gradient, 4 times the parameters with AdamW (what the update of an optimizer of
+    your own keeps for its derivative comes on top). It is stored every `checkpoint_every` steps,
+    with offload=True in host memory. From 2 on the states between are computed again: one more
+    pass, T / k + k states.
 
     With a process `group` (replay only), `examples` are this process's rows, as many on each, and
     so is tau. Minibatch k of the run is the processes' k-th minibatches put together; `metric` must
