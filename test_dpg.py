@@ -1670,6 +1670,7 @@ def test_12_a_padding_row_that_the_head_shares_is_refused():
         model = gpt2(tied=tied)
         model.transformer.wte.padding_idx = 2
         data = batch(0)
+        data.tokens.clamp_(max=1)
         data.tokens[0, 1:3], data.mask[0] = 2, torch.tensor([0, 1, 1, 0, 0])
         if tied:
             with pytest.raises(ValueError, match="padding_idx of model.transformer.wte"):
@@ -1677,8 +1678,7 @@ def test_12_a_padding_row_that_the_head_shares_is_refused():
             with pytest.raises(ValueError, match="padding_idx = None"):
                 lm_metric(model, data)
         metric = linear(model)
-        data.tokens.clamp_(max=1)
-        data.tokens[0, 2:] = 2  # a label, and padding after it: harmless
+        data.tokens[0, 1], data.tokens[0, 2:] = 1, 2  # a label, and padding after it: harmless
         check_differences(metagradient, model, data, metric, SGD(0.3), 2)
 
 
