@@ -875,7 +875,7 @@ class Spare(Bare):
     ("0 to 3", dict(examples=Examples(torch.full((4, 3), -100), torch.tensor([[0, 1, 1]] * 4)))),
     ("no label", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.zeros(4, 3)))),
     ("dropout", dict(model=GPT2LMHeadModel(gpt2().config).train())),
-    ("float32", dict(model=gpt2().bfloat16())),
+    ("model: .* is torch.bfloat16", dict(model=gpt2().bfloat16())),
     ("attn_implementation", dict(model=fused())),
     ("method", dict(method="forward")),
     ("metric", dict(metric=lambda params: torch.ones(()))),
@@ -2121,7 +2121,7 @@ def test_13_at_the_limits():
         *each_wrong(AdamW, lr=[0, INF, NAN, True, "1"]), *each_wrong(partial(AdamW, 0.1), betas=[
             (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9, {0.1: 0, 0.2: 0}],
             eps=[-5e-324, INF], eps_root=[-1e-9, NAN], weight_decay=[-0.1, INF]),
-        *each_wrong(SGD, lr=[0, -1.0, INF]),
+        *each_wrong(SGD, lr=[0, -1.0, float("inf")]),
         *each_wrong(write, samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31],
                     temperature=[-1, INF, NAN], seed=[None, 1.0, [1] * 3, [1] * 5, [-1] * 4,
                                                       [2**63] * 4, [True] * 4],
@@ -2213,6 +2213,8 @@ def test_13_at_the_limits():
         "column 0": lambda: sft(policy, Examples(ones, ones), SGD(0.1)),
         "only 0 and 1": lambda: sft(policy, Examples(ones, ones.cumsum(1) - 1), SGD(0.1)),
         "no parameters": lambda: sft(nn.ReLU(), data, SGD(0.1)),
+        "tau must be real, in floating point, got torch.int64": lambda: advantages(ones, ones),
+        "mask must be real, got torch.complex64": lambda: advantages(one[:, 0], ones * 1j),
         "requires_grad=True": lambda: sft(gpt2().requires_grad_(False), data, SGD(0.1)),
         "one element": lambda: metagradient(policy, data, lambda p: p["transformer.wpe.weight"][0],
                                             SGD(0.1)),
@@ -2228,9 +2230,43 @@ def test_13_at_the_limits():
         "examples.mask must be a tensor": lambda: sft(policy, Examples(ones, None), SGD(0.1)),
         "log_probs must be a tensor": lambda: policy_gradient_loss(None, one, ones),
         "tau must be a tensor": lambda: advantages([1.0], ones),
+        "examples must be Examples": lambda: sft(policy, tuple(data), SGD(0.1)),
     }.items():
         with pytest.raises(TypeError, match=message):
             call()
+
+
+def test_13_a_tau_that_is_not_finite_is_named(monkeypatch):
+    model, data = filled(Bare(), 0), batch(0, n=6)
+    taus = [torch.ones(3), torch.tensor([1.0, 2.0, INF])]
+    monkeypatch.setattr(dpg, "_unroll", lambda loss, batches, metric, optimizer, params: (
+        taus, metric(params), params, [torch.zeros(())], [1.0]))
+    with pytest.raises(dpg.NotFinite, match="tau of example 5, in step 1 of the inner run"):
+        metagradient(model, data, linear(model), SGD(0.1), steps=2)
+
+
+class Configured(Bare):
+    """It has a config, but takes none of the options of transformers' models."""
+
+    config = types.SimpleNamespace()
+
+
+def test_13_what_a_model_does_not_take_is_not_given():
+    data, params = batch(0), sft(filled(Configured(), 0), batch(0), SGD(0.1))
+    close(flat(params), flat(sft(filled(Bare(), 0), data, SGD(0.1))), 0)
+    assert not any(p.requires_grad for p in params.values())
+
+
+def test_13_temperature_0_is_the_most_likely_token():
+    policy, (tokens, mask) = gpt2(53, seed=3), prompts_of([1], [2, 1, 1])
+    found = generate(policy, (tokens, mask), samples=1, max_new_tokens=3, temperature=0, seed=0,
+                     eos_token_id=52).tokens
+    for row, prompt in zip(found, ([1], [2, 1, 1])):
+        for token in row:
+            assert token == policy(torch.tensor([prompt])).logits[0, -1].argmax()
+            prompt = prompt + [int(token)]
+            if token == 52:
+                break
 
 
 def test_13_a_reward_and_a_reference_of_the_wrong_kind():
