@@ -1671,14 +1671,14 @@ def test_12_a_padding_row_that_the_head_shares_is_refused():
         model.transformer.wte.padding_idx = 2
         data = batch(0)
         data.tokens.clamp_(max=1)
-        data.tokens[0, 1:3], data.mask[0] = 2, torch.tensor([0, 1, 1, 0, 0])
+        data.tokens[0, 1], data.mask[0] = 2, torch.tensor([0, 0, 0, 1, 0])
         if tied:
             with pytest.raises(ValueError, match="padding_idx of model.transformer.wte"):
                 sft(model, data, SGD(0.1))
             with pytest.raises(ValueError, match="padding_idx = None"):
                 lm_metric(model, data)
         metric = linear(model)
-        data.tokens[0, 1], data.tokens[0, 2:] = 1, 2  # a label, and padding after it: harmless
+        data.tokens[0, 1], data.tokens[0, 3:] = 1, 2  # a label, and padding after it: harmless
         check_differences(metagradient, model, data, metric, SGD(0.3), 2)
 
 
@@ -2123,8 +2123,8 @@ def test_13_at_the_limits():
             eps=[-5e-324, INF], eps_root=[-1e-9, NAN], weight_decay=[-0.1, INF]),
         *each_wrong(SGD, lr=[0, -1.0, float("inf")]),
         *each_wrong(write, samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31],
-                    temperature=[-1, INF, NAN], seed=[None, 1.0, [1] * 3, [1] * 5, [-1] * 4,
-                                                      [2**63] * 4, [True] * 4],
+                    temperature=[-1, INF, NAN], seed=[None, 1.0, [1] * 3, [1] * 5, [2**64] * 4,
+                                                      [2**63] * 4, [-1] * 4, [True] * 4],
                     eos_token_id=[-1, 2**31, 1.0, [0, 2**31], True], microbatch=[0, True, 2**31]),
         *each_wrong(attribute, steps=[0, -1, 3, 5, True, 2.0], method=["rolled", None],
                     per_token=[0, None], offload=[1], checkpoint_every=[0, 2**31],
@@ -2249,6 +2249,12 @@ class Configured(Bare):
     """It has a config, but takes none of the options of transformers' models."""
 
     config = types.SimpleNamespace()
+
+
+def test_13_eps_root_0_is_refused_only_where_a_gradient_is_0():
+    model, data = filled(Bare(), 0), batch(0, n=8)
+    assert len(data.tokens[:, :-1].unique()) == 4  # every row of the embedding is read
+    check_differences(metagradient, model, data, linear(model), AdamW(0.1, eps_root=0.0), 1)
 
 
 def test_13_what_a_model_does_not_take_is_not_given():
