@@ -2113,7 +2113,8 @@ def test_13_at_the_limits():
             partial(write, eos_token_id=[0, 1]), partial(write, max_new_tokens=6),
             partial(rollouts.examples, 0), partial(rollouts.examples, 2**31 - 1),
             partial(attribute, steps=4, checkpoint_every=2**31 - 1), partial(AdamW, 1, [0, 0]),
-            partial(centre, group_size=1), partial(credit, discount=0, group_size=4),
+            partial(centre, group_size=1), partial(advantages, one[:, 0], 0 * ones[:, 0]),
+            partial(credit, discount=0, group_size=4),
             partial(lose, entropy_coef=0, kl_coef=1), partial(token_log_probs, policy, full),
             partial(token_log_probs, policy, odd), partial(SGD, 5e-324)):
         right()
