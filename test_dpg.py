@@ -51,7 +51,6 @@ import pathlib
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -77,8 +76,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 import dpg
-from dpg import (SGD, AdamW, Attribution, Examples, Rollouts, advantages, dpg_step, generate,
-                 lm_metric, metagradient, policy_gradient_loss, sft, token_log_probs)
+from dpg import (SGD, AdamW, Attribution, Examples, Rollouts, advantages, check_policy, check_target,
+                 dpg_step, generate, lm_metric, metagradient, policy_gradient_loss, sft,
+                 token_log_probs)
 
 settings.register_profile("dpg", derandomize=True, deadline=None, max_examples=8, database=None,
                           phases=[Phase.generate])  # a smaller seed explains nothing
@@ -640,7 +640,7 @@ def test_6_a_step_is_its_own_gradient():
         dpg_step(policy, torch.optim.SGD([policy.transformer.wpe.weight], lr=0.0),
                  prompts_of([1], [2, 1]), partial(Rollouts.examples, start=START),
                  partial(metagradient, TARGET, metric=LIKELIHOOD, optimizer=SGD(0.3)),
-                 samples=4, max_new_tokens=2, seed=5)
+                 samples=4, max_new_tokens=2, seed=5, baseline="none", scale=False)
         found.append(policy.transformer.wte.weight.grad.clone())
     assert found[0].any() and torch.equal(found[0], found[2])
 
@@ -855,10 +855,144 @@ def test_9_the_first_step_spends_no_hessian_vector_product(method):
     assert two - one > 1.4 * one and three - two == two - one
 
 
-def fused():
-    model = gpt2()
-    model.config._attn_implementation = "flash_attention_2"
-    return model
+PUBLIC = [
+    (SGD, "lr", {}),
+    (AdamW, "lr betas eps eps_root weight_decay",
+     dict(betas=(0.9, 0.95), eps=1e-8, eps_root=1e-9, weight_decay=0.0)),
+    (sft, "model examples optimizer", dict(weights=None, steps=1, microbatch=None)),
+    (metagradient, "model examples metric optimizer", dict(
+        steps=1, per_token=False, method="unroll", weights=None, microbatch=None,
+        checkpoint_every=1, offload=False, group=None)),
+    (lm_metric, "model examples", dict(microbatch=None)),
+    (generate, "model prompts samples max_new_tokens seed",
+     dict(temperature=1.0, eos_token_id=None, microbatch=None)),
+    (token_log_probs, "model rollouts", dict(temperature=1.0, entropy=False, reference=None)),
+    (advantages, "tau mask", dict(group_size=None, baseline="none", scale=False, discount=None)),
+    (policy_gradient_loss, "log_probs advantages mask",
+     dict(entropy=None, entropy_coef=0.0, kl=None, kl_coef=0.0)),
+    (dpg_step, "policy policy_optimizer prompts encode reward samples max_new_tokens seed",
+     dict(temperature=1.0, group_size=None, baseline="mean", scale=True, discount=None,
+          entropy_coef=0.0, kl_coef=0.0, reference=None, microbatch=None, group=None)),
+    (check_target, "model examples metric optimizer",
+     dict(steps=1, per_token=False, method="unroll", tolerance=0.05, seed=0)),
+    (check_policy, "model prompts max_new_tokens", dict(samples=2, temperature=1.0, seed=0)),
+]
+
+
+def test_9_names_and_defaults_are_the_contract():
+    """And each argument has its rule: a name that is not in the table is no name of a public one."""
+    arguments = {"start"}
+    for function, names, defaults in PUBLIC:
+        found = inspect.signature(function).parameters
+        assert set(names.split()) | defaults.keys() == found.keys()
+        assert {k: p.default for k, p in found.items() if p.default is not p.empty} == defaults
+        arguments |= found.keys()
+        assert "_check(" in inspect.getsource(function)
+    assert arguments == dpg._RULES.keys()
+
+
+def wrong_calls():
+    """(name of the argument, call with one wrong value of it): over the limit, or of another kind."""
+    ones, policy, data = torch.ones(4, 3, dtype=int), gpt2(), batch(0)
+    one, target, labels = torch.ones(4, 3), filled(Bare(), 0), torch.tensor([[0, 1, 1]] * 4)
+    rollouts = Rollouts(ones, ones, ones, ones)
+    fused, narrow = gpt2(), gpt2().bfloat16()
+    fused.config._attn_implementation = "flash_attention_2"
+    padded = gpt2()
+    padded.transformer.wte.padding_idx = 1
+    step = partial(dpg_step, policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
+                   prompts=prompts_of([1], [2]), encode=partial(pytest.fail, "work was done"),
+                   reward=partial(metagradient, target), samples=2, max_new_tokens=2, seed=0)
+    train = partial(sft, target, data, SGD(0.1))
+    for call, choices in {
+        partial(AdamW): dict(lr=[0, INF, NAN, True, "1"]),
+        partial(AdamW, 0.1): dict(
+            betas=[(0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9],
+            eps=[-5e-324, INF], eps_root=[-1e-9, NAN], weight_decay=[-0.1, INF]),
+        partial(SGD): dict(lr=[0, -1.0, NAN]),
+        partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0): dict(
+            samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31, 7],
+            temperature=[-1, INF, NAN], microbatch=[0, True, 2**31],
+            seed=[None, 1.0, [1] * 3, [1] * 5, [2**63] * 4, [-1] * 4, [True] * 4],
+            eos_token_id=[-1, 2**31, 1.0, [0, 2**31], True]),
+        partial(generate, policy, samples=1, max_new_tokens=2, seed=0): dict(
+            prompts=[ones, (ones, ones, ones), {"input_ids": ones}, (ones, ones[:, :2]),
+                     (ones[:, :0], ones[:, :0]), (ones.int(), ones), (ones + 3, ones),
+                     (ones - 2, ones), (ones, ones * 2), (ones, ones.triu().flip(1))]),
+        partial(metagradient, policy, data, LIKELIHOOD, SGD(0.1), method="replay"): dict(
+            steps=[0, -1, 3, 5, True, 2.0], method=["rolled", None], per_token=[0, None],
+            offload=[1], checkpoint_every=[0, 2**31], microbatch=[-1, 2**31], group=[3],
+            weights=[one[:, 0] * NAN, torch.ones(4, 1), torch.ones(5), torch.ones(4).half()]),
+        partial(metagradient, policy, data, LIKELIHOOD, SGD(0.1)): dict(
+            checkpoint_every=[2], offload=[True], weights=[torch.ones(4, 5)]),
+        train: dict(weights=[torch.ones(3), torch.ones(4, 4), one[:, 0] / 0], steps=[0, -2, 8]),
+        partial(lm_metric, policy, data): dict(microbatch=[0, -1, 0.5]),
+        partial(sft, policy, optimizer=SGD(0.1)): dict(examples=[
+            tuple(data), Examples(ones[0], ones[0]), Examples(ones.int(), labels),
+            Examples(ones[:0], labels[:0]), Examples(ones, labels[:, 1:]), Examples(ones, ones),
+            Examples(ones, 2 * labels), Examples(ones, 0 * labels), Examples(ones + 3, labels),
+            Examples(ones - 101, labels), Examples(torch.ones(1, 10, dtype=int), torch.tensor(
+                [[0] + [1] * 9]))]),
+        partial(sft, examples=data, optimizer=SGD(0.1)): dict(
+            model=[nn.ReLU(), print, narrow, fused, gpt2().requires_grad_(False)]),
+        partial(sft, padded, optimizer=SGD(0.1)): dict(examples=[Examples(ones, labels)]),
+        partial(rollouts.examples): dict(start=[-1, 2**31, True, 0.0, None]),
+        partial(token_log_probs, policy): dict(rollouts=[
+            tuple(rollouts), Rollouts(ones, ones, ones[:3], ones[:3]),
+            Rollouts(ones, ones, ones.int(), ones), Rollouts(ones, ones, ones, ones[:, :2]),
+            Rollouts(ones, ones, ones - 2, ones), Rollouts(ones, ones, ones, 0 * ones),
+            Rollouts(ones, labels.flip(1), ones, ones), Rollouts(ones, ones, [1], ones),
+            Rollouts(*[torch.ones(4, 5, dtype=int)] * 4)]),
+        partial(token_log_probs, policy, rollouts): dict(
+            temperature=[0, NAN], entropy=[None, one], reference=[nn.ReLU(), gpt2(9)]),
+        partial(advantages, mask=ones): dict(tau=[one[..., None], one[0, 0], ones, one / 0, [1.0]]),
+        partial(advantages, tau=one, discount=1): dict(mask=[ones[:, :2], ones[:, 0], 1j * ones]),
+        partial(advantages, tau=one[:, 0], mask=ones): dict(
+            group_size=[0, -2, 3, 8, True, 2.0], scale=[0, None], baseline=["others", None],
+            discount=[0.5], mask=[ones[:3], 2 * ones]),
+        partial(advantages, tau=one, mask=ones): dict(discount=[None, -1e-9, 1.01, NAN, True]),
+        partial(policy_gradient_loss, log_probs=one, advantages=one, mask=ones): dict(
+            log_probs=[one[:, 0], one * NAN, one[:, :0], None], mask=[ones[:, :2], 2 * ones],
+            advantages=[one[:, :2], one / 0, one[:3, 0]], entropy=[one[:, :2], True],
+            kl=[one * INF], entropy_coef=[-0.1, INF, True, 0.1], kl_coef=[-0.1, NAN, 0.1]),
+        step: dict(temperature=[0], seed=[None, [1]], baseline=["median"], group_size=[5],
+                   scale=[1], entropy_coef=[-0.1], kl_coef=[0.1], samples=[0], microbatch=[0],
+                   discount=[1.1, True], policy=[Bare()], reference=[nn.ReLU()], policy_optimizer=[
+                       torch.optim.SGD(gpt2().parameters()), None]),
+        partial(step, reward=partial(metagradient, per_token=True)): dict(discount=[None]),
+        partial(step, reward=partial(metagradient, per_token=False)): dict(discount=[0.5]),
+        partial(step, reward=print): dict(discount=[-1]),
+        partial(check_target, target, data, LIKELIHOOD, SGD(0.1)): dict(tolerance=[0, None]),
+    }.items():
+        right = inspect.signature(call.func).bind_partial(*call.args, **call.keywords).arguments
+        for name, values in choices.items():
+            yield from ((name, partial(call.func, **right | {name: value})) for value in values)
+
+
+def test_9_what_is_wrong_is_named_before_work_is_done():
+    for name, call in wrong_calls():
+        with pytest.raises(ValueError, match=name):
+            call()
+            pytest.fail(f"{name}: {call}")
+    ones, policy, one = torch.ones(4, 3, dtype=int), gpt2(), torch.ones(4, 3)
+    write = partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0)
+    for right in (  # the last values that are taken
+            partial(write, seed=[0, 2**63 - 1, 5, 5]), partial(write, eos_token_id=2**31 - 1),
+            partial(write, eos_token_id=[0, 1]), partial(write, max_new_tokens=6),
+            partial(Rollouts(ones, ones, ones, ones).examples, 2**31 - 1), partial(SGD, 5e-324),
+            partial(AdamW, 1, [0, 0]), partial(advantages, one[:, 0], 0 * ones[:, 0], group_size=1),
+            partial(advantages, one, ones, discount=0, group_size=4), partial(
+                token_log_probs, policy, Rollouts(*[torch.ones(4, 6, dtype=int)] * 2, ones, ones))):
+        right()
+    for change in (dict(method="forward"), dict(metric=lambda params: torch.ones(())),
+                   dict(metric=lambda params: params["head.weight"])):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            metagradient(**dict(model=filled(Bare(), 0), examples=batch(0), metric=LIKELIHOOD,
+                                optimizer=SGD(0.1)) | change)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        sft(policy, batch(0), SGD(0.1))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        sft(policy, batch(0), SGD(0.1))
 
 
 class Spare(Bare):
@@ -869,161 +1003,42 @@ class Spare(Bare):
         self.spare = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("message, change", [
-    ("steps", dict(steps=3)),
-    ("column 0", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.ones(4, 3)))),
-    ("0 to 3", dict(examples=Examples(torch.full((4, 3), -100), torch.tensor([[0, 1, 1]] * 4)))),
-    ("no label", dict(examples=Examples(torch.zeros(4, 3, dtype=int), torch.zeros(4, 3)))),
-    ("dropout", dict(model=GPT2LMHeadModel(gpt2().config).train())),
-    ("model: .* is torch.bfloat16", dict(model=gpt2().bfloat16())),
-    ("attn_implementation", dict(model=fused())),
-    ("method", dict(method="forward")),
-    ("metric", dict(metric=lambda params: torch.ones(()))),
-    ("metric", dict(metric=lambda params: params["transformer.wpe.weight"])),
-    *(("metric", dict(model=filled(Spare(), 0), method=method, steps=2,
-                      metric=lambda params: params["spare.weight"].sum()))
-      for method in ("unroll", "replay")),
-])
-def test_9_refusals(message, change):
-    how = dict(model=gpt2(), examples=batch(0), metric=LIKELIHOOD, optimizer=SGD(0.1))
-    with pytest.raises(ValueError, match=message):
-        metagradient(**how | change)
-
-
-def test_9_more_refusals():
-    ones, policy = torch.ones(4, 3, dtype=int), gpt2(tied=False)
-    rollouts = Rollouts(ones, ones, ones, ones)
-    for message, call in {
-        "weights": lambda: sft(policy, batch(0), SGD(0.1), weights=torch.ones(3)),
-        "weights must be float32": lambda: sft(policy, batch(0), SGD(0.1),
-                                               weights=torch.ones(4).bfloat16()),
-        "active dropout": lambda: lm_metric(GPT2LMHeadModel(gpt2().config).train(), batch(0)),
-        "vocabulary of model, 4 tokens, got 9": lambda: token_log_probs(
-            policy, rollouts, reference=gpt2(9)),
-        "lr": lambda: SGD(-1.0),
-        "betas": lambda: AdamW(0.1, (0.9, 1.0)),
-        "betas must": lambda: AdamW(0.1, (-0.1, 0.9)),
-        "prompts: 9 tokens in a row exceed the model's 8 places": lambda: generate(
-            policy, (ones, ones), samples=1, max_new_tokens=7, seed=0),
-        "start": lambda: rollouts.examples(None),
-        "temperature": lambda: token_log_probs(policy, rollouts, temperature=0),
-        "padded on the left": lambda: generate(
-            policy, (ones, ones.triu().flip(1)), samples=1, max_new_tokens=2, seed=0),
-        "samples": lambda: generate(policy, (ones, ones), samples=0, max_new_tokens=2, seed=0),
-        "eos_token_id": lambda: generate(policy, (ones, ones), samples=1, max_new_tokens=2, seed=0,
-                                         eos_token_id=2**31),
-        "63 bits": lambda: generate(policy, (ones, ones), samples=1, max_new_tokens=2,
-                                    seed=[2**63] * 4),
-        "start must": lambda: rollouts.examples(2**31),
-        "group_size": lambda: advantages(ones[:, 0].float(), ones, group_size=3),
-        "baseline": lambda: advantages(ones[:, 0].float(), ones, baseline="median"),
-        "finite": lambda: advantages(torch.tensor([1, math.nan, 2, 3]), ones, scale=True),
-        "discount": lambda: advantages(ones.float(), ones),
-        "rows": lambda: advantages(ones[:3, 0].float(), ones),
-        "advantages": lambda: policy_gradient_loss(ones.float(), torch.ones(3), ones),
-        "entropy_coef": lambda: policy_gradient_loss(
-            ones.float(), torch.ones(4), ones, entropy_coef=0.1),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            call()
-    found = generate(policy, (ones, ones), samples=1, max_new_tokens=6, seed=0)
-    assert found.tokens.shape == (4, 6)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
-        sft(policy, batch(0), SGD(0.1))
-    with pytest.raises(FloatingPointError, match="lower"):
-        metagradient(policy, batch(0), lambda params: params["lm_head.weight"].sum() / 0, SGD(0.1))
-
-
-def test_9_names_and_defaults_are_the_contract():
-    for function, names, defaults in [
-        (SGD, "lr", {}),
-        (AdamW, "lr betas eps eps_root weight_decay",
-         dict(betas=(0.9, 0.95), eps=1e-8, eps_root=1e-9, weight_decay=0.0)),
-        (sft, "model examples optimizer", dict(weights=None, steps=1, microbatch=None)),
-        (metagradient, "model examples metric optimizer", dict(
-            steps=1, per_token=False, method="unroll", weights=None, microbatch=None,
-            checkpoint_every=1, offload=False, group=None)),
-        (lm_metric, "model examples", dict(microbatch=None)),
-        (generate, "model prompts samples max_new_tokens seed",
-         dict(temperature=1.0, eos_token_id=None, microbatch=None)),
-        (token_log_probs, "model rollouts", dict(temperature=1.0, entropy=False, reference=None)),
-        (advantages, "tau mask",
-         dict(group_size=None, baseline="none", scale=False, discount=None)),
-        (policy_gradient_loss, "log_probs advantages mask",
-         dict(entropy=None, entropy_coef=0.0, kl=None, kl_coef=0.0)),
-        (dpg_step, "policy policy_optimizer prompts encode reward samples max_new_tokens seed",
-         dict(temperature=1.0, group_size=None, baseline="none", scale=False, discount=None,
-              entropy_coef=0.0, kl_coef=0.0, reference=None, microbatch=None, group=None)),
-    ]:
-        found = inspect.signature(function).parameters
-        assert set(names.split()) | defaults.keys() == found.keys()
-        assert {k: p.default for k, p in found.items() if p.default is not p.empty} == defaults
-
-
-def test_9_the_unroll_is_one_graph_and_can_be_differentiated_once():
-    model, data, graphs = filled(Bare(), 0), batch(0), []
-
-    def metric(params):
-        graphs.append(params["head.weight"].grad_fn)
-        return params["head.weight"].square().sum()
-
-    for method in ("unroll", "replay"):
-        metagradient(model, data, metric, AdamW(0.1, eps_root=0.1), method=method)
-    assert graphs[0] is not None and graphs[1] is None
-    weights = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    params = sft(model, data, AdamW(0.1, eps_root=0.1), weights=weights)
-    slope, = grad(metric(params), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        slope.sum().backward()
-
-
-class Recomputed(Bare):
-    def forward(self, tokens):
-        return checkpoint(super().forward, tokens, use_reentrant=False)
+@pytest.mark.parametrize("method", ["unroll", "replay"])
+@pytest.mark.parametrize("optimizer", [SGD(0.1), AdamW(0.1, eps_root=0.1)], ids=["SGD", "AdamW"])
+def test_9_a_flat_metric_gives_0_and_a_blind_one_is_refused(method, optimizer):
+    run = partial(metagradient, filled(Spare(), 0), batch(0), optimizer=optimizer, steps=2,
+                  method=method)
+    assert (run(lambda p: p["head.weight"].sum().clamp(max=-1e3)).tau == 0).all()
+    with pytest.raises(ValueError, match="metric does not depend"):
+        run(lambda p: p["spare.weight"].sum())
+    both = run(lambda p: p["spare.weight"].sum() + p["head.weight"].sum()).tau
+    close(both, run(lambda p: p["head.weight"].sum()).tau, 1e-12)
 
 
 def test_9_activation_checkpointing_is_refused():
     """It would compute the backward pass with the model's own parameters, not with the trained."""
-    model = gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        metagradient(model, batch(0), linear(model), SGD(0.1))
-    metagradient(model.eval(), batch(0), linear(model), SGD(0.1))
+    class Recomputed(Bare):
+        def forward(self, tokens):
+            return checkpoint(super().forward, tokens, use_reentrant=False)
+
     for method in ("unroll", "replay"):
         with pytest.raises(RuntimeError, match="model: activation checkpointing"):
             metagradient(filled(Recomputed(), 0), batch(0), linear(Bare()), SGD(0.1), steps=2,
                          method=method)
 
 
-def test_9_statistics_of_a_batch_are_refused():
-    class Normed(Bare):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
-
-        def forward(self, tokens):
-            return self.norm(super().forward(tokens).transpose(1, 2)).transpose(1, 2)
-
-    model = filled(Normed(), 0)
-    with pytest.raises(ValueError, match="batch normalization in norm"):
-        metagradient(model.train(), batch(0), linear(model), SGD(0.1))
-    assert metagradient(model.eval(), batch(0), linear(model), SGD(0.1)).tau.abs().min() > 0
-
-
-def test_9_a_wrapper_does_not_lose_the_positions():
-    """A forward that takes **kwargs shows no position_ids in its signature, and passes them on."""
-    class Wrapper(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.generation_config = model, model.generation_config
-
-        def forward(self, *args, **kwargs):
-            return self.model(*args, **kwargs)
-
-    tokens, mask = prompts_of([1], [2, 1, 1])
-    rollouts = Rollouts(tokens, mask, torch.ones_like(tokens), torch.ones_like(tokens))
-    found, wanted = (token_log_probs(model, rollouts) for model in (Wrapper(gpt2()), gpt2()))
-    assert torch.equal(found, wanted)
+def test_9_a_padding_row_that_the_head_shares_is_no_input():
+    for tied in (True, False):
+        model = gpt2(tied=tied)
+        model.transformer.wte.padding_idx = 2
+        data = batch(0)
+        data.tokens.clamp_(max=1)
+        data.tokens[0, 1], data.mask[0] = 2, torch.tensor([0, 0, 0, 1, 0])
+        if tied:
+            with pytest.raises(ValueError, match="examples .*padding_idx"):
+                sft(model, data, SGD(0.1))
+        data.tokens[0, 1], data.tokens[0, 3:] = 1, 2  # a label, and padding after it: harmless
+        check_differences(metagradient, model, data, linear(model), SGD(0.3), 2)
 
 
 # ---------------------------------------------------------------- 10: the tests bite
@@ -1258,14 +1273,6 @@ def test_11_ablation(shortened, demos, monkeypatch, tmp_path, capsys):
         assert f"learning rate x 100   T =  {T}   {mean:.3f} +- " in said
 
 
-@slow
-def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
-    (tmp_path / "prompts").write_text("\n".join(f"the cat has {i} boats" for i in range(12)))
-    zeros = "00000000-0000-0000-0000-000000000000"
-    result, _ = shortened("uuid", "--prompts", str(tmp_path / "prompts"), "--uuid", zeros)
-    assert result["uuid"] == zeros
-
-
 @pytest.mark.parametrize("name, arguments", [
     ("uuid", ("--uuid", "7C9E64D1-05BA-4F82-B36D-E8A1F20795C3")), ("uuid", ("--steps", "-1")),
     ("uuid", ("--device", "cuda:99")), ("uuid", ("--generator", "no-such-folder")),
@@ -1273,6 +1280,7 @@ def test_11_uuid_prompts_from_a_file(shortened, tmp_path):
     ("uuid", ("--reward", "none")), ("uuid", ("--inner", "lion")),
     ("l2_norm", ("--inner-steps", "0")), ("sixty_seven", ("--temperature", "nan")),
     ("sixty_seven", ("--pattern", "no-such-file")), ("uuid", ("--seed", "99999999999999")),
+    ("sixty_seven", ("--pattern", str(ROOT / "LICENSE"))),
     ("language", ("--language", "en")),
     ("qr_code", ("--text", "more than fits into version 1")), ("qr_code", ("--text", ""))])
 def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
@@ -1280,18 +1288,6 @@ def test_11_demo_refusals(shortened, tmp_path, capsys, name, arguments):
         shortened(name, *arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and arguments[1] in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("pattern, why", [
-    ("##\n#", "row 2 has 1"), ("#x", "has 'x'"), ("# #", "has ' '"), (" \n", "empty"),
-    (".#" * 33, "1 x 66"), ("#\n" * 400, "400 x 1")])
-def test_11_patterns_refused(shortened, tmp_path, capsys, pattern, why):
-    (tmp_path / "pattern").write_text(pattern)
-    with pytest.raises(SystemExit) as stop:
-        shortened("sixty_seven", "--pattern", str(tmp_path / "pattern"))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and why in error
     assert not (tmp_path / "out").exists()
 
 
@@ -1394,9 +1390,10 @@ def test_12_pieces_make_the_whole(model, seed, optimizer, steps, every, microbat
 
 
 @pytest.mark.parametrize("every, microbatch, passes", [
-    (1, None, 5 + 4), (1, 2, 5 + 4), (1, 1, 2 * (5 + 5)), (2, None, 5 + 3 + 3), (9, None, 5 + 4)])
-def test_12_the_replay_keeps_a_graph_where_it_turns_back(every, microbatch, passes):
-    """Each step is computed twice, but not the last before the way back, if it is in one part."""
+    (1, None, 5 + 5), (1, 1, 2 * (5 + 5)), (2, None, 5 + 2 + 5), (2, 1, 2 * (5 + 2 + 2 + 5)),
+    (9, None, 5 + 5)])
+def test_12_how_often_a_replay_computes_a_step(every, microbatch, passes):
+    """Twice, and once more where its stretch is walked again; in parts each stretch's last too."""
     model, data = filled(Bare(5, 3), 0), batch(0, n=10)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -1415,14 +1412,6 @@ class Momentum:
         speed = {k: 0.9 * state[0][k] + g for k, g in grads.items()}
         return {k: p - 0.1 * speed[k].tanh() for k, p in params.items()}, [speed, *state[1:]]
 
-    def seen(self, state):
-        return 1.0
-
-
-class Slotted(Momentum):
-    def init(self, params):
-        return types.SimpleNamespace(speed=params)
-
 
 def test_12_an_optimizer_of_ones_own():
     model, data = filled(Bare(), 0), batch(0, n=8)
@@ -1430,24 +1419,11 @@ def test_12_an_optimizer_of_ones_own():
     run = partial(metagradient, model, data, linear(model), Momentum(), steps=4)
     for every in (1, 2, 9):
         close(run(method="replay", checkpoint_every=every, offload=True).tau, run().tau, 1e-12)
-    with pytest.raises(TypeError, match="optimizer: its state .* got SimpleNamespace"):
-        metagradient(model, data, linear(model), Slotted(), steps=4, method="replay")
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_12_states_in_host_memory_hold_nothing_on_the_device(monkeypatch, every):
-    to, moved = torch.Tensor.to, []
-
-    def copied(x, where):
-        moved.append(x.requires_grad)
-        return to(x, where, copy=True)
-
-    model, data = filled(Bare(), 0), batch(0, n=6)
-    run = partial(metagradient, model, data, linear(model), AdamW(0.1), steps=6, method="replay")
-    want = run().tau
-    monkeypatch.setattr(torch.Tensor, "to", copied)
-    close(run(checkpoint_every=every, offload=True).tau, want, 1e-12)
-    assert moved.count(True) == 0 and len(moved) >= 12
+    opaque = Momentum()
+    opaque.init = lambda params: types.SimpleNamespace(speed=params)
+    opaque.update = lambda params, grads, state: (params, state)
+    with pytest.raises(ValueError, match="optimizer: its state"):
+        metagradient(model, data, linear(model), opaque, steps=4, method="replay")
 
 
 class Largest(TorchDispatchMode):
@@ -1660,72 +1636,13 @@ def test_12_real_models(tmp_path, name, options):
     policy = model.float()
     rollouts = generate(policy, prompts_of([1], [2, 1, 1]), samples=2, max_new_tokens=3, seed=0)
     alone = generate(policy, prompts_of([1]), samples=2, max_new_tokens=3,
-                     seed=dpg._prompt_seeds(0, 1))
+                     seed=dpg._seeds(0, 1))
     assert torch.equal(rollouts.tokens[:2], alone.tokens)  # padding on the left is not seen
     assert token_log_probs(policy, rollouts).isfinite().all()
 
 
-def test_12_a_padding_row_that_the_head_shares_is_refused():
-    for tied in (True, False):
-        model = gpt2(tied=tied)
-        model.transformer.wte.padding_idx = 2
-        data = batch(0)
-        data.tokens.clamp_(max=1)
-        data.tokens[0, 1], data.mask[0] = 2, torch.tensor([0, 0, 0, 1, 0])
-        if tied:
-            with pytest.raises(ValueError, match="padding_idx of model.transformer.wte"):
-                sft(model, data, SGD(0.1))
-            with pytest.raises(ValueError, match="padding_idx = None"):
-                lm_metric(model, data)
-        metric = linear(model)
-        data.tokens[0, 1], data.tokens[0, 3:] = 1, 2  # a label, and padding after it: harmless
-        check_differences(metagradient, model, data, metric, SGD(0.3), 2)
-
-
 def rows_of(folder):
     return (folder / "metrics.jsonl").read_text().splitlines()
-
-
-DRIVER = """
-import sys
-sys.path.insert(0, {root!r})
-import test_dpg
-uuid = test_dpg.demo("uuid")
-uuid.common.HELD_OUT = 8
-uuid.SETTINGS = uuid.SETTINGS | {{"prompts": 8}}
-uuid.main({argv!r})
-"""
-
-
-def driven(*arguments):
-    """demos/uuid.py with few prompts, in a process of its own."""
-    code = DRIVER.format(root=str(ROOT), argv=[str(argument) for argument in arguments])
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
-
-
-@slow
-def test_12_a_killed_run_resumes(tmp_path):
-    killed, whole, seen = tmp_path / "killed", tmp_path / "whole", 0
-    other = driven("--steps", 7, "--out", whole)
-    process = driven("--steps", 7, "--out", killed)
-    while seen < 2 and process.poll() is None:
-        time.sleep(0.01)
-        seen = len(rows_of(killed)) if (killed / "metrics.jsonl").exists() else 0
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "result.json").exists()
-    process.communicate()
-    with open(killed / "metrics.jsonl", "a") as log:
-        log.write('{"step": 2, "ph')  # as if it had been killed while writing
-    again = driven("--resume", killed)
-    assert again.communicate() and again.returncode == 0
-    assert other.communicate() and other.returncode == 0
-    assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 7
-    one, two = (json.loads((folder / "result.json").read_text()) for folder in (killed, whole))
-    assert one | {"seconds": 0} == two | {"seconds": 0}
-    weights = [(folder / "generator/model.safetensors").read_bytes() for folder in (killed, whole)]
-    assert weights[0] == weights[1] and not (killed / "checkpoint.pt").exists()
-    assert not [path.name for path in killed.iterdir() if path.name.endswith(".new")]
 
 
 @slow
@@ -1848,35 +1765,33 @@ def test_12_chats_and_the_papers_preset(shortened, demos, monkeypatch, tmp_path)
 
 
 def test_12_the_reward_function_for_trl(monkeypatch):
-    """The README's, with a stand-in for the trainer: it calls the reward as TRL does."""
-    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert code.count("\n") <= 20
-    seen = {}
+    """The README's blocks, with a stand-in for the trainer: it calls the reward as TRL does."""
+    first, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    written, seen = [[10, 20, 0], [30], [20, 20, 20, 20, 10], [40, 0]], {}
 
     class Trainer:
         def __init__(self, policy, reward, config, **how):
-            seen.update(how, reward=reward, policy=policy)
+            seen.update(how, reward=reward)
 
         def train(self):
             seen["rewards"] = seen["reward"](prompts=["a"] * 4, completions=["b"] * 4,
-                                             completion_ids=WRITTEN, trainer_state=None)
+                                             completion_ids=written, trainer_state=None)
 
-    trl = types.ModuleType("trl")
+    trl, datasets = types.ModuleType("trl"), types.ModuleType("datasets")
     trl.GRPOTrainer, trl.GRPOConfig = Trainer, lambda out, **how: types.SimpleNamespace(**how)
+    datasets.Dataset = types.SimpleNamespace(from_dict=lambda columns: columns)
     monkeypatch.setitem(sys.modules, "trl", trl)
-    target, WRITTEN = gpt2(vocab=5), [[1, 2, 0], [3], [2, 2, 2, 2, 1], [4, 0]]
-    target.config.n_positions = 32
-    target.transformer.wpe = nn.Embedding(32, 8).double()
-    names = {"target": target, "phi": linear(target), "start": 0, "policy": "policy",
-             "prompts": [{"prompt": "a"}], "tokenizer": None}
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.chdir(ROOT)
+    exec(first, names := {})
     exec(code, names)
     tokens, mask = torch.zeros(4, 25, dtype=torch.int64), torch.zeros(4, 25)
-    for i, row in enumerate(WRITTEN):
+    for i, row in enumerate(written):
         tokens[i, 1:1 + len(row)], mask[i, 1:1 + len(row)] = torch.tensor(row), 1
-    tau = metagradient(target, Examples(tokens, mask), names["phi"], AdamW(1e-3, eps_root=1e-6)).tau
-    close(torch.tensor(seen["rewards"], dtype=torch.float64), tau / tau.square().mean().sqrt(),
-          1e-10)
-    assert seen["policy"] == "policy" and seen["train_dataset"]
+    tokens[:, 0] = names["tokenizer"].eos_token_id
+    tau = metagradient(names["target"], Examples(tokens, mask), names["phi"], names["inner"]).tau
+    close(torch.tensor(seen["rewards"]), tau / tau.square().mean().sqrt(), 1e-4)
+    assert seen["train_dataset"]["prompt"]
 
 
 # ---------------------------------------------------------------- 13: nothing silently wrong
@@ -1929,25 +1844,16 @@ def tensors_in(result):
 
 
 def check_malformed(call, arguments):
-    """A documented error that is raised by this file and names an argument, or finite numbers."""
+    """A ValueError that is raised by this file and names an argument, or finite numbers."""
     try:
         found = tensors_in(call(**arguments))
-    except (ValueError, TypeError) as error:
-        deepest = error.__traceback__
-        while deepest.tb_next is not None:
-            deepest = deepest.tb_next
-        assert deepest.tb_frame.f_code.co_filename == dpg.__file__, f"from deep inside: {error!r}"
-        assert str(error)
+    except ValueError as error:
+        assert any(name in str(error) for name in [*arguments, "policy"]), error
         return False
     assert all(torch.isfinite(x).all() for x in found if x.is_floating_point())
     if call is not advantages:  # zero where a group has no spread, as documented
         assert not found or any((x != 0).any() for x in found)
     return True
-
-
-def test_13_right_calls_are_accepted():
-    for name, (call, arguments) in public_calls().items():
-        assert check_malformed(call, arguments), name
 
 
 CALLS = public_calls()
@@ -1999,269 +1905,21 @@ def test_13_where_numbers_end():
         metagradient(model, data, lambda p: p["embed.weight"].sum(), SGD(0.1))
     with pytest.raises(dpg.NotFinite, match="metric is nan"):
         metagradient(Bare(), data, lambda p: p["embed.weight"].sum() * NAN, SGD(0.1))
-    with pytest.raises(ValueError, match="eps_root = 0"):  # row 3 of the embedding is never read
-        rows = Examples(data.tokens % 3, data.mask)
-        metagradient(filled(Bare(), 0), rows, lambda p: p["embed.weight"].sum(),
-                     AdamW(0.1, eps_root=0.0))
-    sharp = filled(Bare(), 0)
     for per_token in (False, True):
-        with pytest.raises(dpg.NotFinite, match="tau of example 0, in step 0"):
-            metagradient(sharp, data, lambda p: (p["embed.weight"] * 0).sum().abs().sqrt(),
-                         SGD(0.1), steps=2, per_token=per_token)
+        with pytest.raises(dpg.NotFinite, match="tau of example 0 .*in step 0"):
+            metagradient(filled(Bare(), 0), data, lambda p: (p["embed.weight"] * 0).sum().abs()
+                         .sqrt(), SGD(0.1), steps=2, per_token=per_token)
     policy = gpt2(4, seed=3)
-    before = flat(start(policy))
-    for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0])):
-        with pytest.raises(ValueError, match="tau must be"):
-            dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts_of([1], [2]),
-                     partial(Rollouts.examples, start=1), lambda _: Attribution(tau, 0.0, {}, tau),
-                     samples=1, max_new_tokens=2, seed=0)
+    before, step = flat(start(policy)), partial(
+        dpg_step, policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts_of([1], [2]),
+        partial(Rollouts.examples, start=1), samples=1, max_new_tokens=2, seed=0)
+    for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
+        with pytest.raises(ValueError, match="tau|mask|discount"):
+            step(lambda _: Attribution(tau, 0.0, {}, tau))
     next(policy.parameters()).register_hook(lambda g: g * INF)
     with pytest.raises(dpg.NotFinite, match="gradient of transformer.wte.weight"):
-        dpg_step(policy, torch.optim.SGD(policy.parameters(), lr=0.1), prompts_of([1], [2]),
-                 partial(Rollouts.examples, start=1),
-                 lambda _: Attribution(torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)),
-                 samples=1, max_new_tokens=2, seed=0)
+        step(lambda _: Attribution(torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)))
     assert torch.equal(flat(start(policy)), before)
-
-
-class Wordless(Bare):
-    def forward(self, tokens):
-        return super().forward(tokens).sum(2)
-
-
-def test_13_refused_before_work_is_done():
-    never = partial(pytest.fail, "work was done")
-    data, model = batch(0), filled(Bare(), 0)
-    model.forward = lambda tokens: never()
-    wide = Examples(torch.ones(4, 20, dtype=torch.int64), torch.tensor([[0] + [1] * 19] * 4))
-    for message, change in {
-        "token ids must be 0 to 3": dict(examples=Examples(data.tokens + 9, data.mask)),
-        "8 places": dict(model=gpt2(), examples=wide),
-        "multiple|divisor": dict(steps=3),
-        "microbatch": dict(microbatch=0),
-        "checkpoint_every": dict(checkpoint_every=2),
-        "offload": dict(offload=True),
-        "a function": dict(metric=3),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            metagradient(**dict(model=model, examples=data, metric=never, optimizer=SGD(0.1))
-                         | change)
-    for message, change in {"optimizer": dict(optimizer=torch.optim.SGD), "Examples": dict(
-            examples=data.tokens), "torch.nn.Module": dict(model=print)}.items():
-        with pytest.raises(TypeError, match=message):
-            metagradient(**dict(model=model, examples=data, metric=never, optimizer=SGD(0.1))
-                         | change)
-    with pytest.raises(TypeError, match="logits"):
-        sft(filled(Wordless(), 0), data, SGD(0.1))
-    with pytest.raises(TypeError, match="generate"):
-        generate(model, prompts_of([1]), samples=1, max_new_tokens=1, seed=0)
-    for prompts in (print, prompts_of([1])[0], (*prompts_of([1]), 3), {"input_ids": data.tokens}):
-        with pytest.raises(TypeError, match="prompts"):
-            generate(gpt2(), prompts, samples=1, max_new_tokens=1, seed=0)
-
-
-@pytest.mark.parametrize("message, change", [
-    ("temperature", dict(temperature=0)), ("seed", dict(seed=None)), ("seed", dict(seed=[1, 2])),
-    ("baseline", dict(baseline="median")), ("group_size", dict(group_size=5)),
-    ("scale", dict(scale=1)), ("entropy_coef", dict(entropy_coef=-0.1)),
-    ("kl_coef needs a reference", dict(kl_coef=0.1)), ("samples", dict(samples=0)),
-    ("discount", dict(discount=1.1)), ("discount", dict(discount=True)),
-    ("microbatch", dict(microbatch=0)), ("dropout", dict(policy=GPT2LMHeadModel(gpt2().config))),
-])
-def test_13_a_step_is_refused_before_anything_is_written(monkeypatch, message, change):
-    monkeypatch.setattr(dpg, "generate", lambda *_, **__: pytest.fail("work was done"))
-    policy = gpt2()
-    how = dict(policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
-               prompts=prompts_of([1], [2]), encode=None, reward=None, samples=2,
-               max_new_tokens=2, seed=0)
-    with pytest.raises(ValueError, match=message):
-        dpg_step(**how | change)
-
-
-class Narrow(Bare):
-    """It reads 6 tokens and writes 4."""
-
-    def __init__(self):
-        super().__init__(6)
-        self.head = nn.Linear(3, 4)
-
-
-def each_wrong(call, **choices):
-    """(name of the argument, the call with one wrong value) for every value."""
-    for name, values in choices.items():
-        for value in values:
-            yield name, partial(call, **{name: value})
-
-
-def test_13_at_the_limits():
-    """The last value that is refused, beside the first that is taken; and what is nearly right."""
-    ones, policy, data = torch.ones(4, 3, dtype=int), gpt2(), batch(0)
-    one, long = torch.ones(4, 3), torch.ones(4, 8, dtype=int)
-    rollouts = Rollouts(ones, ones, ones, ones)
-    hole, none = torch.tensor([[1, 0, 1]] * 4), ones.clone()
-    none[2] = 0
-    write = partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0)
-    attribute = partial(metagradient, policy, data, lm_metric(policy, data), SGD(0.1),
-                        method="replay")
-    train = partial(sft, policy, data, SGD(0.1))
-    centre = partial(advantages, one[:, 0], ones)
-    credit = partial(advantages, one, ones, discount=0.5)
-    lose = partial(policy_gradient_loss, one, one, ones, entropy=one, kl=one)
-    full, odd = (Rollouts(long[:, :n], long[:, :n], ones, ones) for n in (6, 5))
-    for right in (
-            partial(write, seed=[0, 2**63 - 1, 5, 5]), partial(write, eos_token_id=2**31 - 1),
-            partial(write, eos_token_id=[0, 1]), partial(write, max_new_tokens=6),
-            partial(rollouts.examples, 0), partial(rollouts.examples, 2**31 - 1),
-            partial(attribute, steps=4, checkpoint_every=2**31 - 1), partial(AdamW, 1, [0, 0]),
-            partial(centre, group_size=1), partial(advantages, one[:, 0], 0 * ones[:, 0]),
-            partial(credit, discount=0, group_size=4),
-            partial(lose, entropy_coef=0, kl_coef=1), partial(token_log_probs, policy, full),
-            partial(token_log_probs, policy, odd), partial(SGD, 5e-324)):
-        right()
-    for name, call in [
-        *each_wrong(AdamW, lr=[0, INF, NAN, True, "1"]), *each_wrong(partial(AdamW, 0.1), betas=[
-            (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9, {0.1: 0, 0.2: 0}],
-            eps=[-5e-324, INF], eps_root=[-1e-9, NAN], weight_decay=[-0.1, INF]),
-        *each_wrong(SGD, lr=[0, -1.0, float("inf")]),
-        *each_wrong(write, samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31],
-                    temperature=[-1, INF, NAN], seed=[None, 1.0, [1] * 3, [1] * 5, [2**64] * 4,
-                                                      [2**63] * 4, [-1] * 4, [True] * 4],
-                    eos_token_id=[-1, 2**31, 1.0, [0, 2**31], True], microbatch=[0, True, 2**31]),
-        *each_wrong(attribute, steps=[0, -1, 3, 5, True, 2.0], method=["rolled", None],
-                    per_token=[0, None], offload=[1], checkpoint_every=[0, 2**31],
-                    microbatch=[-1, 2**31], weights=[one[:, 0] * NAN, torch.ones(4, 1),
-                                                     torch.ones(5), torch.ones(4).half()]),
-        *each_wrong(train, weights=[torch.ones(3), torch.ones(4, 4), one[:, 0] / 0],
-                    steps=[0, -2, 8]),
-        *each_wrong(partial(lm_metric, policy, data), microbatch=[0, -1, 0.5]),
-        *each_wrong(partial(rollouts.examples), start=[-1, 2**31, True, 0.0]),
-        *each_wrong(centre, group_size=[0, -2, 3, 8, True, 2.0], scale=[0, None],
-                    baseline=["others", None], discount=[0.5]),
-        *each_wrong(credit, discount=[None, -1e-9, 1.01, NAN, True]),
-        *each_wrong(lose, entropy_coef=[-0.1, INF, True], kl_coef=[-0.1, NAN]),
-    ]:
-        with pytest.raises(ValueError, match=name):
-            call()
-    for message, call in {
-        "rollouts: 9 tokens in a row": lambda: token_log_probs(
-            policy, Rollouts(long[:, :7], long[:, :7], ones, ones)),
-        "prompts: 9 tokens": lambda: write(max_new_tokens=7),
-        "examples.tokens: 9 tokens": lambda: sft(policy, Examples(
-            torch.ones(1, 10, dtype=int), torch.tensor([[0] + [1] * 9])), SGD(0.1)),
-        "below the vocabulary's 4, got 4": lambda: sft(
-            filled(Narrow(), 0), Examples(torch.tensor([[1, 4]]), torch.tensor([[0, 1]])),
-            SGD(0.1)),
-        "below the vocabulary's 4, got 5": lambda: sft(
-            filled(Narrow(), 0), Examples(torch.tensor([[1, 5]]), torch.tensor([[0, 1]])),
-            SGD(0.1)),
-        r"log_probs \(4, 2\), got \(4, 3\)": lambda: policy_gradient_loss(
-            one[:, :2], one[:, 0], ones),
-        r"log_probs \(4, 3\), got \(4, 2\)": lambda: policy_gradient_loss(
-            one, one[:, 0], ones[:, :2]),
-        r"log_probs must be \(N, L_new\), got \(4,\)": lambda: policy_gradient_loss(
-            one[:, 0], one[:, 0], ones[:, 0]),
-        r"log_probs must be \(N, L_new\), got \(4, 0\)": lambda: policy_gradient_loss(
-            one[:, :0], one[:, 0], ones[:, :0]),
-        r"advantages must be \(N,\)": lambda: policy_gradient_loss(one, one[:, :2], ones),
-        "advantages must be finite": lambda: policy_gradient_loss(one, one / 0, ones),
-        "log_probs must be finite": lambda: policy_gradient_loss(one * NAN, one, ones),
-        "entropy must have the shape": lambda: lose(entropy=one[:, :2], entropy_coef=0.1),
-        "kl must be finite": lambda: lose(kl=one * INF, kl_coef=0.1),
-        "kl_coef needs kl": lambda: lose(kl=None, kl_coef=0.1),
-        "mask must hold only 0 and 1": lambda: policy_gradient_loss(one, one, ones * 2),
-        r"mask has no label in rows \[2\]": lambda: policy_gradient_loss(one, one, none),
-        r"tau must be \(N,\) or \(N, L_new\), got \(4, 3, 1\)": lambda: advantages(
-            one[..., None], ones),
-        r"tau must be .* got \(0,\)": lambda: advantages(one[:0, 0], ones[:0]),
-        r"tau must be .* got \(4, 0\)": lambda: advantages(one[:, :0], ones[:, :0], discount=1),
-        r"tau must be .* got \(\)": lambda: advantages(one[0, 0], ones),
-        "tau must be finite": lambda: advantages(one / 0, ones, discount=1),
-        "the N = 4 rows of tau": lambda: advantages(one[:, 0], ones[:3]),
-        r"mask must have the shape of tau \(4, 3\), got \(4, 2\)": lambda: advantages(
-            one, ones[:, :2], discount=1),
-        r"shape \(n, P\), got \(4, 3\) and \(4, 2\)": lambda: generate(
-            policy, (ones, ones[:, :2]), samples=1, max_new_tokens=2, seed=0),
-        r"shape \(n, P\), got \(4, 3, 1\)": lambda: generate(
-            policy, (ones[..., None], ones[..., None]), samples=1, max_new_tokens=2, seed=0),
-        r"shape \(n, P\), got \(4, 0\)": lambda: generate(
-            policy, (ones[:, :0], ones[:, :0]), samples=1, max_new_tokens=2, seed=0),
-        r"token ids \(int64\)": lambda: generate(
-            policy, (ones.int(), ones), samples=1, max_new_tokens=2, seed=0),
-        "prompts must be padded on the left": lambda: token_log_probs(
-            policy, Rollouts(ones, hole, ones, ones)),
-        "on the left .padding": lambda: token_log_probs(
-            policy, Rollouts(ones, ones * 2, ones, ones)),
-        "prompts: token ids must be 0 to 3, got 1 to 4": lambda: generate(
-            policy, (ones + torch.tensor([3, 0, 0]), ones), samples=1, max_new_tokens=2, seed=0),
-        "rollouts: token ids must be 0 to 3, got -1 to 1": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones - torch.tensor([0, 0, 2]), ones)),
-        "rollouts.mask has no label": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones, none)),
-        "with N = 4": lambda: token_log_probs(policy, Rollouts(ones, ones, ones[:3], ones[:3])),
-        "with N = 4 as": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones[:, :0], ones[:, :0])),
-        r"rollouts.tokens \(int64\)": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones.int(), ones)),
-        r"L_new\) with N": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones, ones[:, :2])),
-        r"must be \(N, L\) int64, got \(3,\)": lambda: sft(policy, Examples(ones[0], ones[0]),
-                                                         SGD(0.1)),
-        r"int64, got \(4, 3\) torch.int32": lambda: sft(policy, Examples(ones.int(), ones),
-                                                      SGD(0.1)),
-        r"int64, got \(0, 3\)": lambda: sft(policy, Examples(ones[:0], ones[:0]), SGD(0.1)),
-        r"shape of tokens \(4, 3\), got \(4, 2\)": lambda: sft(
-            policy, Examples(ones, hole[:, 1:]), SGD(0.1)),
-        "column 0": lambda: sft(policy, Examples(ones, ones), SGD(0.1)),
-        "only 0 and 1": lambda: sft(policy, Examples(ones, ones.cumsum(1) - 1), SGD(0.1)),
-        "no parameters": lambda: sft(nn.ReLU(), data, SGD(0.1)),
-        "tau must be real, in floating point, got torch.int64": lambda: advantages(ones, ones),
-        "mask must be real, got torch.complex64": lambda: advantages(one[:, 0], ones * 1j),
-        "requires_grad=True": lambda: sft(gpt2().requires_grad_(False), data, SGD(0.1)),
-        "one element": lambda: metagradient(policy, data, lambda p: p["transformer.wpe.weight"][0],
-                                            SGD(0.1)),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            call()
-    for message, call in {
-        "rollouts must be Rollouts, got tuple": lambda: token_log_probs(policy, tuple(rollouts)),
-        "rollouts.tokens must be a tensor, got list": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, [1], ones)),
-        "rollouts.mask must be a tensor, got NoneType": lambda: token_log_probs(
-            policy, Rollouts(ones, ones, ones, None)),
-        "examples.mask must be a tensor": lambda: sft(policy, Examples(ones, None), SGD(0.1)),
-        "log_probs must be a tensor": lambda: policy_gradient_loss(None, one, ones),
-        "tau must be a tensor": lambda: advantages([1.0], ones),
-        "examples must be Examples": lambda: sft(policy, tuple(data), SGD(0.1)),
-    }.items():
-        with pytest.raises(TypeError, match=message):
-            call()
-
-
-def test_13_a_tau_that_is_not_finite_is_named(monkeypatch):
-    model, data = filled(Bare(), 0), batch(0, n=6)
-    taus = [torch.ones(3), torch.tensor([1.0, 2.0, INF])]
-    monkeypatch.setattr(dpg, "_unroll", lambda loss, batches, metric, optimizer, params: (
-        taus, metric(params), params, [torch.zeros(())], [1.0]))
-    with pytest.raises(dpg.NotFinite, match="tau of example 5, in step 1 of the inner run"):
-        metagradient(model, data, linear(model), SGD(0.1), steps=2)
-
-
-class Configured(Bare):
-    """It has a config, but takes none of the options of transformers' models."""
-
-    config = types.SimpleNamespace()
-
-
-def test_13_eps_root_0_is_refused_only_where_a_gradient_is_0():
-    model, data = filled(Bare(), 0), batch(0, n=8)
-    assert len(data.tokens[:, :-1].unique()) == 4  # every row of the embedding is read
-    check_differences(metagradient, model, data, linear(model), AdamW(0.1, eps_root=0.0), 1)
-
-
-def test_13_what_a_model_does_not_take_is_not_given():
-    data, params = batch(0), sft(filled(Configured(), 0), batch(0), SGD(0.1))
-    close(flat(params), flat(sft(filled(Bare(), 0), data, SGD(0.1))), 0)
-    assert not any(p.requires_grad for p in params.values())
 
 
 def test_13_temperature_0_is_the_most_likely_token():
@@ -2274,17 +1932,6 @@ def test_13_temperature_0_is_the_most_likely_token():
             prompt = prompt + [int(token)]
             if token == 52:
                 break
-
-
-def test_13_a_reward_and_a_reference_of_the_wrong_kind():
-    policy = gpt2()
-    how = dict(samples=2, max_new_tokens=2, seed=0)
-    step = partial(dpg_step, policy, torch.optim.SGD(policy.parameters()), prompts_of([1], [2]),
-                   partial(Rollouts.examples, start=0))
-    with pytest.raises(TypeError, match="reward must return an Attribution, got Tensor"):
-        step(lambda examples: torch.ones(4), **how)
-    with pytest.raises(TypeError, match="reference must be a policy"):
-        step(None, **how, reference=nn.ReLU())
 
 
 def test_13_masks_may_be_of_any_type():
@@ -2306,6 +1953,188 @@ def test_13_improbable_tokens_are_drawn():
     gumbel = dpg._gumbel(1.0, 8, [1, 2], "cpu")(None, torch.zeros(16, 2**17))
     small = (-gumbel).exp()[gumbel > 11].double() * 2**24  # of the exponential variables behind it
     assert len(small) > 20 and (small - small.round()).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- 14: models against the truth
+
+def altered(forward, **parts):
+    """A `Bare` target with another forward(model, tokens), and more parts."""
+    model = Bare()
+    for name, part in parts.items():
+        setattr(model, name, part)
+    model.forward = types.MethodType(forward, model)
+    return filled(model, 0)
+
+
+def hidden(model, tokens):
+    return model.embed(tokens).cumsum(1).tanh()
+
+
+def ahead(model, tokens):  # each position sees a little of the next
+    seen = nn.functional.pad(model.embed(tokens)[:, 1:], (0, 0, 0, 1))
+    return model.head((model.embed(tokens).cumsum(1) + 0.1 * seen).tanh())
+
+
+def noisy(model, tokens):  # as LayerDrop is, and routers: no layer is named dropout
+    kept = not model.training or torch.rand(()) < 0.999
+    return model.head(hidden(model, tokens) * kept)
+
+
+def forgetful(model, tokens):  # each call changes the next
+    model.calls = getattr(model, "calls", 0) + 1
+    return model.head(hidden(model, tokens)) * (1 + 1 / model.calls)
+
+
+def normed(model, tokens):
+    return model.norm(model.head(hidden(model, tokens)).transpose(1, 2)).transpose(1, 2)
+
+
+def bert():
+    return filled(transformers.BertLMHeadModel(transformers.BertConfig(
+        vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=None,
+        intermediate_size=8, max_position_embeddings=16, attn_implementation="eager")), 0)
+
+
+def checked(model, dtype=torch.float64, **how):
+    how = dict(optimizer=AdamW(0.05, (0.7, 0.9), 1e-3, 1e-2), steps=2) | how
+    return check_target(model.to(dtype), batch(3), lm_metric(model, batch(50)), **how)
+
+
+@given(model=models, seed=seeds, optimizer=optimizers, per_token=st.booleans(),
+       method=st.sampled_from(["unroll", "replay"]), dtype=st.sampled_from(
+           [torch.float64, torch.float32]))
+@settings(max_examples=20)
+def test_14_check_target_passes_what_is_right(model, seed, optimizer, per_token, method, dtype):
+    off = checked(model, dtype, seed=seed, optimizer=optimizer, per_token=per_token, method=method)
+    assert 0 <= off < (1e-4 if dtype == torch.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("why, model", [
+    ("tau is off", altered(lambda model, tokens: model.head(
+        (h := hidden(model, tokens)) / h.norm(dim=-1, keepdim=True).detach()))),
+    ("later tokens", altered(ahead)), ("later tokens", bert()),
+    ("draws random numbers", altered(noisy).train()), ("calls differ", altered(forgetful)),
+    ("draws random numbers", GPT2LMHeadModel(gpt2().config).train()),
+    ("changes its buffers", altered(normed, norm=nn.BatchNorm1d(4)).train()),
+    ("other rows", altered(normed, norm=nn.BatchNorm1d(4, track_running_stats=False)))])
+def test_14_check_target_says_what_is_wrong(why, model):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=why):
+        checked(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_14_check_target_does_not_pass_what_it_cannot_tell(monkeypatch):
+    with pytest.raises(ValueError, match="double"):
+        checked(filled(Bare(), 0), torch.float32, optimizer=SGD(1e-6))
+    assert checked(filled(Bare(), 0), optimizer=SGD(1e-6)) < 0.01
+    with pytest.raises(ValueError, match="nothing to compare"):
+        check_target(filled(Bare(), 0), batch(0), lambda p: 0 * p["head.weight"].sum(), SGD(0.1))
+
+    def longer(*args, **kwargs):
+        result = metagradient(*args, **kwargs)
+        return result._replace(tau=1.01 * result.tau)
+
+    for wrong in flipped, longer:
+        monkeypatch.setattr(dpg, "metagradient", wrong)
+        with pytest.raises(ValueError, match="tau is off"):
+            checked(filled(Bare(), 0))
+
+
+class Wrapper(nn.Module):
+    """As PEFT's: it samples by the model inside, and hands the generation config down."""
+
+    generation_config = property(lambda self: self.model.generation_config)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        self.model.generation_config = self.generation_config
+        return self.model.generate(*args, **kwargs)
+
+
+def test_14_check_policy():
+    prompts, blind = prompts_of([1], [2, 1, 1]), gpt2()
+    for dtype, most in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.3)):
+        for policy in gpt2().to(dtype), Wrapper(gpt2().to(dtype)):
+            assert check_policy(policy, prompts, max_new_tokens=4, temperature=0.7) <= most
+    blind.forward = lambda input_ids, attention_mask, position_ids, **how: GPT2LMHeadModel.forward(
+        blind, input_ids, **how)  # padding is seen
+    for wrong in bert(), blind:
+        with pytest.raises(ValueError, match="token_log_probs"):
+            check_policy(wrong, prompts, max_new_tokens=4)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        check_policy(GPT2LMHeadModel(gpt2().config).train(), prompts, max_new_tokens=4)
+
+
+def test_14_what_generate_sets_is_set_back():
+    policy = Wrapper(gpt2())
+    own, how = policy.generation_config, dict(samples=9, max_new_tokens=3, seed=0)
+    own.update(top_k=2, eos_token_id=3)
+    kept, found = own.to_dict(), generate(policy, prompts_of([1]), eos_token_id=0, **how)
+    assert policy.model.generation_config is own and own.to_dict() == kept
+    assert torch.equal(found.tokens, generate(gpt2(), prompts_of([1]), **how).tokens)
+
+
+def test_14_a_module_with_two_names_is_swapped_once():
+    model, data, one = altered(lambda model, tokens: model.head(
+        model.also(tokens).cumsum(1).tanh())), batch(0), filled(Bare(), 0)
+    model.also = nn.Sequential(model.embed)
+    before, metric = flat(start(model)), lm_metric(model, batch(50))
+    taus = [metagradient(model, data, metric, SGD(0.1), steps=2).tau for _ in range(2)]
+    assert torch.equal(*taus) and torch.equal(flat(start(model)), before)
+    close(taus[0], metagradient(one, data, lm_metric(one, batch(50)), SGD(0.1), steps=2).tau, 1e-12)
+
+
+def test_14_logits_that_are_not_finite():
+    config = transformers.LlamaConfig(
+        vocab_size=7, hidden_size=8, intermediate_size=12, num_hidden_layers=2, pad_token_id=None,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    with pytest.raises(dpg.NotFinite, match="NaN"):  # not token 0
+        generate(filled(transformers.LlamaForCausalLM(config), 0), prompts_of([1], [2, 1, 1]),
+                 samples=2, max_new_tokens=3, seed=0)
+    policy, reference = gpt2(), gpt2(seed=1)
+    for each in policy, reference:
+        each.lm_head.register_forward_hook(lambda *call: call[-1].index_fill(
+            2, torch.tensor([2]), -INF))  # token 2 is never drawn
+    rollouts = generate(policy, prompts_of([1]), samples=8, max_new_tokens=3, seed=0)
+    found = token_log_probs(policy, rollouts, entropy=True, reference=reference)
+    p, q = (next_token(model, start(model), [1], rollouts.tokens, 1.0)[..., [0, 1, 3]]
+            for model in (policy, reference))
+    close(found.entropy, -(p.exp() * p).sum(2) * rollouts.mask, 1e-10)
+    close(found.kl, (p.exp() * (p - q)).sum(2) * rollouts.mask, 1e-10)
+    loss = policy_gradient_loss(found.log_probs, torch.ones(8), rollouts.mask, kl=found.kl,
+                                entropy=found.entropy, entropy_coef=0.1, kl_coef=0.1)
+    assert all(slope.isfinite().all() for slope in grad(loss, list(policy.parameters())))
+
+
+def test_14_a_half_precision_policy_that_does_not_move_is_told(recwarn):
+    policy = gpt2(53).bfloat16()
+    for rate, told in ((1e-2, 0), (1e-6, 1)):
+        dpg_step(policy, torch.optim.AdamW(policy.parameters(), rate), prompts_of([1], [2]),
+                 partial(Rollouts.examples, start=53), partial(
+                     metagradient, filled(Bare(54), 5), metric=lambda p: p["head.weight"].sum(),
+                     optimizer=SGD(0.1)), samples=4, max_new_tokens=3, seed=0)
+        assert len([w for w in recwarn if "raise the rate" in str(w.message)]) == told
+
+
+def test_14_nothing_is_made_on_the_default_device():
+    model, data, metric = filled(Bare(), 0), batch(0), lm_metric(filled(Bare(), 0), batch(50))
+    ones = torch.ones(4, 5)
+    torch.set_default_device("meta")
+    try:
+        for method in ("unroll", "replay"):
+            tau = metagradient(model, data, metric, AdamW(0.1), steps=2, method=method).tau
+            assert tau.device == data.tokens.device
+        assert check_target(model, data, metric, SGD(0.1)) < 1e-4
+        assert advantages(ones, data.mask, discount=0.5).device == ones.device
+    finally:
+        torch.set_default_device(None)
 
 
 class Evil:
@@ -2353,68 +2182,6 @@ def test_13_a_full_disk_leaves_the_last_state(shortened, demos, monkeypatch, tmp
     assert len(state["history"]) == 1
     demos["uuid"].main(["--resume", str(out)])
     assert len(rows_of(out)) == 3 and (out / "result.json").exists()
-
-
-@slow
-def test_13_sample_efficiency(shortened, demos, monkeypatch, tmp_path, capsys):
-    module, ran = demo("efficiency"), []
-
-    def run(command, **_):
-        ran.append([str(word) for word in command[2:]])
-        demos[command[1].stem].main(ran[-1])
-
-    monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module, "VARIANTS", dict(list(module.VARIANTS.items())[:2]))
-    how = ["--seeds", "2", "--steps", "2", "--demo", "sixty_seven", "--out", str(tmp_path)]
-    module.main(how)
-    assert len(ran) == 4 and sum("example" in words for words in ran) == 2
-    rows = [[json.loads(row)["pixel_accuracy"] for row in rows_of(tmp_path / f"sixty_seven-0-{i}")]
-            for i in (0, 1)]
-    assert (tmp_path / "figure.png").stat().st_size > 10_000 and max(map(max, rows)) < 1
-    assert "0 of 2 seeds" in capsys.readouterr().out
-    module.main(how)
-    assert len(ran) == 4  # what is complete is not run again
-    (tmp_path / "sixty_seven-1-0/result.json").unlink()
-    with pytest.raises(SystemExit):
-        module.main(how)
-    assert "sixty_seven-1-0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["unroll", "replay"])
-def test_13_how_much_of_a_step_is_seen(method):
-    """The reported share, of every step, against its definition; 1 for SGD."""
-    model, data = filled(Bare(), 0), batch(0, n=6)
-    run = partial(metagradient, model, data, linear(model), steps=3, method=method)
-    assert run(SGD(0.1)).seen.tolist() == [1, 1, 1]
-    for b1, b2, root in ((0.7, 0.9, 1e-8), (0.4, 0.3, 1e-3), (0.7, 0.9, 1e3)):
-        optimizer = AdamW(0.1, (b1, b2), eps=0.0, eps_root=root)
-        params, history, want = start(model), [], []
-        for k, rows in enumerate(torch.arange(6).chunk(3), 1):
-            part = Examples(data.tokens[rows], data.mask[rows])
-            each = token_losses(model, params, part).sum(1).mean()
-            history.append(vector(grad(each, list(params.values()))))
-            m = sum(b1 ** (k - j) * (1 - b1) * g for j, g in enumerate(history, 1)) / (1 - b1**k)
-            v = sum(b2 ** (k - j) * (1 - b2) * g**2 for j, g in enumerate(history, 1)) / (1 - b2**k)
-            u = (m / (v + root).sqrt()).abs()
-            want.append(((root / (v + root)) @ u / u.sum()).item())
-            seen = Examples(data.tokens[:2 * k], data.mask[:2 * k])
-            params = sft(model, seen, optimizer, steps=k)
-            params = {k: p.requires_grad_() for k, p in params.items()}
-        assert run(optimizer).seen.tolist() == pytest.approx(want, rel=1e-5)
-        assert (want[0] > 0.9) == (root == 1e3) and (want[0] < 0.1) == (root == 1e-8)
-    assert AdamW(0.1).seen(AdamW(0.1).init({"p": torch.zeros(3)}) | {"step": 1}) == 1
-    one, optimizer = {"p": torch.tensor([0.1])}, AdamW(0.1, eps_root=1.0)
-    found = optimizer.seen(optimizer.update(one, one, optimizer.init(one))[1])
-    assert found == pytest.approx(1 / 1.01)
-    for eps in (1e-2, 1e-1, 1.0):  # the slope of g / (sqrt(g^2 + eps_root) + eps), as a share
-        optimizer, g = AdamW(0.1, eps_root=1e-6, eps=eps), torch.tensor([0.1], dtype=torch.float64)
-        slope = central(lambda g: g[0] / ((g[0] ** 2 + 1e-6).sqrt() + eps), g)
-        found = optimizer.seen(optimizer.update({"p": g}, {"p": g}, optimizer.init({"p": g}))[1])
-        assert found == pytest.approx((slope * ((g**2 + 1e-6).sqrt() + eps)).item(), rel=1e-5)
-    large = {"p": randn(0, 300, 400)}
-    optimizer, small = AdamW(0.1, eps_root=0.1), {"p": large["p"][:64]}
-    found = [optimizer.seen(optimizer.update(x, x, optimizer.init(x))[1]) for x in (large, small)]
-    assert found[0] == pytest.approx(found[1], rel=0.02)  # a sample of the coordinates
 
 
 def test_13_estimators(monkeypatch, tmp_path, capsys):

@@ -5,6 +5,7 @@ A demo adds its question (a metric), its score, and its picture.
 import argparse
 import copy
 import functools
+import hashlib
 import io
 import json
 import math
@@ -198,6 +199,8 @@ class Lab:
             argv = self.interrupted(arguments, args.resume)
             args, out = arguments.parse_args(argv), args.resume
             self.args, args.out, args.resume = args, out, out
+            if self.began_with != self.fingerprint():
+                arguments.error(f"--resume {out!r}: the file of --prompts has changed since")
         if hasattr(sys.stdout, "reconfigure"):  # not every terminal knows every character
             sys.stdout.reconfigure(errors="replace")
         logging.disable_progress_bar()
@@ -226,7 +229,6 @@ class Lab:
                 self.target, self.target_tokenizer = self.load(args.target)
         except (OSError, ValueError, SafetensorError) as error:
             arguments.error(" ".join(str(error).split()).split(". ")[0])
-        self.reference = copy.deepcopy(self.policy)  # the generator before any training
         self.same_tokens = self.target_tokenizer.get_vocab() == self.tokenizer.get_vocab()
         if args.credit is None:
             args.credit = "token" if self.same_tokens else "example"
@@ -237,13 +239,19 @@ class Lab:
         self.start, self.end = end if start is None else start, end
         if self.start is None:
             arguments.error("--target: its tokenizer has neither a start nor an end of text")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.finish_tokenizer(arguments)
+        self.reference = copy.deepcopy(self.policy)  # the generator before any training
         if sum(p.numel() for p in self.target.parameters()) < 1e6:
             torch.set_num_threads(1)  # more would mostly wait for each other; and one is repeatable
         self.rng = random.Random(args.seed)
         if args.prompts:
-            longest = max(len(row) for row in self.requests(args.prompts).input_ids)
+            asked = self.requests(args.prompts).input_ids
+            unknown = self.end_ids | {self.tokenizer.unk_token_id}
+            for sentence, row in zip(args.prompts, asked):
+                if unknown & set(row[1:]):
+                    arguments.error("--prompts: the generator's tokenizer does not know a character "
+                                    f"of {sentence!r}")
+            longest = max(map(len, asked))
             room = getattr(self.policy.config, "max_position_embeddings", math.inf) - ANSWER
             if longest > room:
                 arguments.error(f"--prompts: the longest takes {longest} tokens; the generator has "
@@ -263,9 +271,31 @@ class Lab:
         if not os.access(self.folder, os.W_OK):
             arguments.error(f"--out {str(self.folder)!r} is not writable")
         if not args.resume and self.rank == 0:
-            for name in ("arguments.json", "checkpoint.pt", "result.json"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("arguments.json", json.dumps({"demo": self.demo, "argv": argv}) + "\n")
+            try:
+                for name in ("arguments.json", "checkpoint.pt", "result.json"):  # of an earlier run
+                    (self.folder / name).unlink(missing_ok=True)
+                self.save("arguments.json", json.dumps({
+                    "demo": self.demo, "argv": argv, "prompts": self.fingerprint()}) + "\n")
+            except OSError as error:
+                arguments.error(f"--out {str(self.folder)!r}: {error.strerror}")
+
+    def fingerprint(self):
+        """Of the sentences of --prompts: a run that is resumed must go on with the same."""
+        return hashlib.sha256("\n".join(self.args.prompts or ()).encode()).hexdigest()
+
+    def finish_tokenizer(self, arguments):
+        """Texts end with the tokenizer's end, and with those of the generation config."""
+        end, own = self.tokenizer.eos_token_id, self.policy.generation_config
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = self.end_ids = {end, *ends} - {None}
+        if not ends:
+            arguments.error("--generator: its tokenizer has no end of text, nor its model")
+        own.eos_token_id = sorted(ends)
+        pad, size = self.tokenizer.pad_token_id, self.policy.get_input_embeddings().weight.shape[0]
+        if pad is None or pad >= size:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(min(ends))
+        if self.requests(["the cat"]).input_ids[0][-1] in ends:
+            arguments.error("--generator: its tokenizer puts an end of text after a prompt")
 
     def load(self, name):
         """A causal model and its tokenizer, from a folder or the hub."""
@@ -389,8 +419,40 @@ class Lab:
 
     # ------------------------------------------------------------------------ the training loop
 
+    def self_check(self, metric, inner, steps, how, prompts):
+        """Holds tau and log pi of the models of this run against the truth, and says so in a line.
+
+        In float64: in float32 a small learning rate leaves nothing to see."""
+        target = copy.deepcopy(self.target).double()
+        texts = self.fresh_texts(max(prompts, steps))
+        written = self.encode(self.rollouts(self.policy, texts, samples=SAMPLES, step=-3, **how))
+        few = dpg.Examples(*(x[:2 * steps] for x in written))
+        try:
+            off = dpg.check_target(target, few, metric, inner, steps=steps,
+                                   per_token=self.args.credit == "token")
+            drawn = dpg.check_policy(self.policy, self.prompts(texts[:4]), **how)
+        except ValueError as error:
+            self.error(f"self-check: {error}")
+        left = self.left_out(target, written, metric, inner, steps)
+        print(f"self-check  tau against differences {off:.0e}, log pi against the draw {drawn:.0e}, "
+              f"tau against leaving an example out {left:.0%}")
+        return {"tau_off": off, "log_pi_off": drawn, "left_out_off": left}
+
+    def left_out(self, target, examples, metric, inner, steps, n=4):
+        """How far tau_i is from Phi(w = 1) - Phi(w_i = 0), which it stands in for: of n examples
+        evenly spread over the run, relative to the norm of the differences."""
+        where = torch.arange(n) * (len(examples.tokens) // n)
+        run = functools.partial(dpg.sft, target, examples, inner, steps=steps,
+                                microbatch=self.args.microbatch)
+        tau = dpg.metagradient(target, examples, metric, inner, steps=steps, method="replay",
+                               microbatch=self.args.microbatch).tau
+        with torch.no_grad():
+            difference = torch.stack([metric(run()) - metric(run(weights=torch.ones_like(
+                tau).index_fill(0, i.to(tau.device), 0))) for i in where])
+        return ((tau[where] - difference).norm() / difference.norm()).item()
+
     @one_line
-    def train(self, reward, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
+    def train(self, metric, inner, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
               entropy_coef, temperature=1.0, prompts=PROMPTS):
         """--steps times dpg_step; observe(step, result) gives its numbers, kept in metrics.jsonl.
 
@@ -400,6 +462,7 @@ class Lab:
         if self.group is not None and prompts // steps % dist.get_world_size():
             self.error(f"the number of processes must divide {prompts // steps}, the prompts of a "
                        "minibatch")
+        reward = self.reward(metric, inner, steps)
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr, weight_decay=0.0)
         # The rate falls to zero: advantages have unit spread however little is left to learn.
         total = max(1, self.args.steps)
@@ -407,6 +470,9 @@ class Lab:
         naive = self.args.reward == "naive"
         rows = prompts * SAMPLES // steps if self.args.baseline == "batch" else SAMPLES
         history = self.restore(optimizer, decay)
+        if self.rank == 0 and not history:
+            self.checked = self.self_check(metric, inner, steps, dict(
+                max_new_tokens=max_new_tokens, temperature=temperature), prompts)
         self.save("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
         bar = tqdm(range(len(history), self.args.steps), self.demo, file=sys.stderr,
                    initial=len(history), total=self.args.steps, disable=self.rank > 0)
@@ -459,7 +525,11 @@ class Lab:
         """Back to the last checkpoint of a run that is resumed; its history, or an empty one."""
         if not self.args.resume or not (self.folder / "checkpoint.pt").exists():
             return []
-        state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError):
+            self.error(f"--resume: {path} is damaged; begin anew, without --resume")
         self.policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         decay.load_state_dict(state["decay"])
@@ -479,6 +549,7 @@ class Lab:
             arguments.error(f"--resume {folder!r}: that is a run of {run['demo']}.py")
         if (path.parent / "result.json").exists():
             arguments.error(f"--resume {folder!r}: that run is complete")
+        self.began_with = run.get("prompts")
         return run["argv"]
 
     def seed(self, step):

@@ -40,7 +40,7 @@ def main(argv=None):
         return {"norm": round(-result.attribution.metric, 3)}
 
     control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="norm", steps=T,
+    history = lab.train(metric, inner, observe, show="norm", steps=T,
                         temperature=lab.args.temperature, **SETTINGS)
     after = lab.check(lab.policy, norm, max_new_tokens=LENGTH)
     result = lab.finish(

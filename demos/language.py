@@ -111,8 +111,7 @@ def main(argv=None):
     real = perplexity([lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH)))
                        for _ in range(SFT_STEPS)])
     before, control, said = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="fraction", steps=T,
-                        **settings)
+    history = lab.train(metric, inner, observe, show="fraction", steps=T, **settings)
     after, generated, says = check(lab.policy)
     result = lab.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},

@@ -143,8 +143,8 @@ def run(arguments, argv, default, *, more=lambda args, picture: {}):
                                 for multiple, each in decoded.items()}
 
     _, before = check(lab.reference)
-    history = lab.train(lab.reward(canvas.metric, inner, T), observe, show="pixel_accuracy",
-                        steps=T, temperature=args.temperature, **SETTINGS)
+    history = lab.train(canvas.metric, inner, observe, show="pixel_accuracy", steps=T,
+                        temperature=args.temperature, **SETTINGS)
     picture, after = check(lab.policy)
     extra = more(args, picture)
     matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
@@ -184,6 +184,11 @@ def enlarge(picture, pixel=10, margin=4):
 
 def blocks(picture, colour, margin=2):
     """The picture in block characters of two pixels; with `colour`, black on white."""
+    try:
+        "▀▄█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a console that does not know them
+        return "\n".join("".join(".#"[pixel] for pixel in row) for row in (
+            picture.cpu().numpy() > 0).astype(int))
     rows = np.pad(picture.cpu().numpy() > 0, margin)
     rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
     lines = ("".join(" ▀▄█"[top + 2 * bottom] for top, bottom in zip(*pair, strict=True))

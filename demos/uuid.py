@@ -94,7 +94,7 @@ def main(argv=None):
         return exact, soft, phi, (loglik[T - 1], loglik[-1]), answers[0]
 
     before = check(lab.reference)
-    history = lab.train(lab.reward(metric, inner, T), observe, show="best", steps=T, **settings)
+    history = lab.train(metric, inner, observe, show="best", steps=T, **settings)
     after = check(lab.policy)
     result = lab.finish(
         uuid=args.uuid, exact_before=before[0], exact_after=after[0], soft_before=before[1],
