@@ -44,6 +44,7 @@ import copy
 import doctest
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -1329,12 +1330,16 @@ def test_11_pattern_in_the_head(demos, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["2604.08423", "HELLO WORLD", "dpg.py", "a-17-byte-string!"])
-def test_11_what_a_reader_reads(demos, text):
+def test_11_what_a_reader_reads(demos, monkeypatch, text):
     """A QR code that is drawn is read; one that is noise is not; the screen shows every pixel."""
     qr, patterns = demos["qr_code"], demos["qr_code"].patterns
     code = qr.qr_code(text)
     assert code.shape == (21, 21) and qr.read(code) == text
     assert qr.read(torch.randn(21, 21, generator=torch.Generator().manual_seed(0)).sign()) is None
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    plain = patterns.blocks(code, colour=False)  # on a console without block characters
+    assert torch.equal(patterns.parse(plain, "plain"), code)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     lines = patterns.blocks(code, colour=False, margin=0).split("\n")
     drawn = [[1.0 if char in "█" + half else -1.0 for char in line]
              for line in lines for half in "▀▄"]
@@ -1648,8 +1653,10 @@ def rows_of(folder):
 @slow
 def test_12_an_interrupted_run_resumes(shortened, demos, monkeypatch, tmp_path, capsys):
     """The same in one process, with the state that only the shuffled control has."""
-    how, wanted = ("--steps", "4", "--reward", "shuffled"), shortened(
-        "uuid", "--steps", "4", "--reward", "shuffled", out=tmp_path / "whole")
+    prompts = tmp_path / "prompts"
+    prompts.write_text("\n".join(f"the cat has {i} boats" for i in range(12)))
+    how = ("--steps", "4", "--reward", "shuffled", "--prompts", str(prompts))
+    wanted = shortened("uuid", *how, out=tmp_path / "whole")
     save, folder = demos["uuid"].common.Lab.checkpoint, tmp_path / "out"
 
     def stop(lab, optimizer, decay, history):
@@ -1668,6 +1675,19 @@ def test_12_an_interrupted_run_resumes(shortened, demos, monkeypatch, tmp_path, 
         with pytest.raises(SystemExit) as refused:
             demos[name].main(list(arguments))
         assert refused.value.code == 2 and why in capsys.readouterr().err
+    checkpoint, asked = folder / "checkpoint.pt", prompts.read_text()
+    for path, content, why in ((prompts, b"a\nb\nc\nd\ne", "has changed"), (
+            checkpoint, b"", "is damaged"), (checkpoint, checkpoint.read_bytes()[:999], "damaged")):
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as refused:
+            demos["uuid"].main(["--resume", str(folder)])
+        error = capsys.readouterr().err.splitlines()
+        assert refused.value.code == 2 and why in error[-1]
+        path.write_bytes(kept)
+    assert prompts.read_text() == asked
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"step": 3, "ph')  # as if it had been killed while writing
     demos["uuid"].main(["--resume", str(folder)])
     assert [json.loads(row) for row in rows_of(folder)] == wanted[1]
     found = json.loads((folder / "result.json").read_text())
@@ -1738,6 +1758,43 @@ def test_12_two_tokenizers(shortened, demos, tmp_path, capsys):
         with pytest.raises(SystemExit):
             shortened(name, *target, *arguments)
         assert why in capsys.readouterr().err
+
+
+@slow
+def test_12_generators_of_another_make(demos, tmp_path, capsys):
+    """A text ends with the tokenizer's end, whatever the generation config says; prompts do not."""
+    common, tiny, snow = demos["uuid"].common, ROOT / "demos/tiny-lm", tmp_path / "snow"
+    snow.write_text("\n".join([*"abcde", "a \N{SNOWMAN} melts"]))
+
+    def lab(*arguments, **changed):  # a copy of tiny-lm with changed files
+        folder = shutil.copytree(tiny, tmp_path / "lm", dirs_exist_ok=True)
+        for name, change in changed.items():
+            content = json.loads((tiny / f"{name}.json").read_text())
+            (folder / f"{name}.json").write_text(json.dumps(content | change))
+        return common.Lab(common.parser("demo.py", "", steps=0, target=str(tiny)), [
+            "--generator", str(folder), "--out", str(tmp_path / "out"), *arguments])
+
+    end = lab().tokenizer.eos_token_id
+    endless = lab(generation_config={"eos_token_id": None}, config={"eos_token_id": None})
+    assert endless.policy.generation_config.eos_token_id == [end]
+    written = endless.rollouts(endless.policy, ["the king buys a book"], max_new_tokens=30)
+    assert not written.mask.all() and end in written.tokens
+    two = lab(generation_config={"eos_token_id": 5})
+    assert two.policy.generation_config.eos_token_id == sorted({5, end})
+    padless = lab(tokenizer_config={"pad_token": "<none>"})  # its id is outside the vocabulary
+    assert padless.tokenizer.pad_token_id == end
+    after = {"post_processor": {"type": "TemplateProcessing", "pair": [], "single": [
+        {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}],
+        "special_tokens": {"end": {"id": "end", "ids": [end], "tokens": ["<|endoftext|>"]}}}}
+    for why, arguments, changed in (
+            ("does not know a character of", ("--prompts", str(snow)), {}),
+            ("puts an end of text after a prompt", (), {"tokenizer": after}),
+            ("has no end of text", (), {"tokenizer_config": {"eos_token": None}, "config": {
+                "eos_token_id": None}, "generation_config": {"eos_token_id": None}})):
+        with pytest.raises(SystemExit) as stop:
+            lab(*arguments, **changed)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and why in error and error.count("\n") == 1
 
 
 @slow
@@ -2163,10 +2220,11 @@ def test_13_nothing_in_a_checkpoint_is_executed(demos, tmp_path):
 
 @slow
 def test_13_a_full_disk_leaves_the_last_state(shortened, demos, monkeypatch, tmp_path, capsys):
-    common, out = demos["uuid"].common, tmp_path / "out"
-    write = pathlib.Path.write_bytes
+    write, out = pathlib.Path.write_bytes, tmp_path / "out"
 
     def full(path, content):
+        if path.name == "arguments.json.new" and path.parent.name == "early":
+            raise OSError(28, "No space left on device")
         if path.name == "checkpoint.pt.new" and len(rows_of(out)) == 2:
             write(path, bytes(content)[:99])
             raise OSError(28, "No space left on device")
@@ -2174,6 +2232,9 @@ def test_13_a_full_disk_leaves_the_last_state(shortened, demos, monkeypatch, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(SystemExit) as stop:
+            demos["uuid"].main(["--steps", "3", "--out", str(tmp_path / "early")])
+        assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
         with pytest.raises(SystemExit) as stop:
             demos["uuid"].main(["--steps", "3", "--out", str(out)])
     error = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
