@@ -1,16 +1,16 @@
 """Dataset Policy Gradient (DPG): train a generator so that a model trained on its text scores well.
 
-A generator pi_theta writes a dataset D = {x_1..x_n}. A target model is trained on D by ordinary
-supervised fine-tuning (SFT), A(w, D), where example i has loss weight w_i. A differentiable metric
-Phi (higher is better) scores the trained target. DPG rewards each example with its metagradient,
+A generator pi_theta writes a dataset D = {x_1..x_n}. A target model is trained on D by supervised
+fine-tuning (SFT), A(w, D), where example i has loss weight w_i. A differentiable metric Phi (higher
+is better) scores the trained target. DPG rewards each example with its metagradient,
 
     tau_i = d Phi(A(w, D)) / d w_i   at w = 1         (positive: more weight on x_i raises Phi)
 
 and improves the generator by policy gradient, theta <- theta + lr * sum_i tau_i grad log pi(x_i).
 
 The method is from "Synthetic Data for any Differentiable Target" (Thrush et al., 2026),
-https://arxiv.org/abs/2604.08423v1, whose sections and equations are cited below. The code is
-written from the text of the paper; test_dpg.py holds it against the truth.
+https://arxiv.org/abs/2604.08423v1, whose sections are cited below. The code is written from the
+text of the paper; test_dpg.py holds it against the truth.
 
     symbol      name here               is                                          shape
     D           examples                token rows, and which tokens are labels     (N, L), (N, L)
@@ -32,13 +32,12 @@ Departures from the paper; what each costs is said where its code is:
  4. Scaled rewards are divided by their spread alone: they are 1e-4 to 1e-9 (`advantages`).
  5. On request, a reward for each token (`advantages`).
  6. On request, an entropy bonus and a KL term, as exact sums (`policy_gradient_loss`).
- 7. All rollouts train one target (the paper's cross-group batching). Left out: the paper's ablation
-    of that, a target for the g-th rollouts of all prompts; and in A several passes over D,
-    learning-rate schedules, gradient clipping, bfloat16.
+ 7. All rollouts train one target (the paper's cross-group batching; not its ablation of that). A
+    has no second pass over D, no learning-rate schedule, no gradient clipping, no bfloat16.
 
-Room 1 is the method, from the data to Algorithm 1, `dpg_step`: start there. Room 2 computes the
-same with less memory, and on several processes. Room 3 refuses bad input, and holds your own models
-against the truth (`check_target`, `check_policy`).
+Room 1 is the method, up to Algorithm 1, `dpg_step`: start there. Room 2 is the same in less memory
+and on several processes. Room 3 holds your own models against the truth (`check_target`,
+`check_policy`), and refuses bad input.
 
 Usage (a test runs this):
 
@@ -69,8 +68,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +77,6 @@ Metric = Callable[[Params], Tensor]
 
 
 # ============================================================================= room 1: the method
-# ------------------------------------------------------------------------------ data and optimizers
 
 class Examples(NamedTuple):
     """A dataset D (section 3.1): rows of token ids, and which of them are labels of the loss."""
@@ -114,8 +110,8 @@ class AdamW:
     With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
     gradient is 0, and decides what tau can see: at T = 1 a step is about g / sqrt(g^2 + eps_root),
     so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds nothing to tau.
-    Choose eps_root large against (|grad l_i| / B)^2, the square of one example's share of a
-    minibatch's gradient (demos/estimators.py has the bias for each choice).
+    Choose eps_root large against (|grad l_i| / B)^2, one example's share of a minibatch's gradient,
+    squared (demos/estimators.py has the bias for each choice).
     """
 
     lr: float
@@ -128,8 +124,7 @@ class AdamW:
         _check(vars(self))
 
     def init(self, params: Params) -> dict:
-        zeros = [{k: torch.zeros_like(p) for k, p in params.items()} for _ in "mv"]
-        return {"step": 0, "m": zeros[0], "v": zeros[1]}
+        return {"step": 0} | {s: {k: torch.zeros_like(p) for k, p in params.items()} for s in "mv"}
 
     def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
         (b1, b2), t = self.betas, state["step"] + 1
@@ -157,11 +152,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     The N examples are split in order into `steps` minibatches of B = N / steps, one for each step.
     `weights` is w, (N,), or (N, L) for each token; None is all ones. The result is differentiable
     in w where w requires gradients. The model is not changed: a run starts from its parameters and
-    a new optimizer state. Parameters with requires_grad=False are constants. `microbatch` bounds
-    the rows computed at once.
-
-    Errors: ValueError for arguments that do not fit together, and for a model that draws random
-    numbers (dropout), is in half precision, or has no second derivative.
+    a new optimizer state; those with requires_grad=False are constants. `microbatch` bounds the
+    rows computed at once. ValueError for arguments that do not fit together, and for a model that
+    draws random numbers (dropout), is in half precision, or has no second derivative.
     """
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
@@ -174,8 +167,8 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
 def _train(run, z, steps, graph=False):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step. With a graph each can be
-    differentiated; g is a derivative itself, so a derivative of what follows is a second one.
+    Yields z, the gradient g, the loss, and z after the step; with a graph each is differentiable.
+    g is a derivative itself, so a derivative of what follows is a second one.
     """
     for k in steps:
         g, loss = run.gradient(k, z[0], graph)  # of `_loss` of minibatch k
@@ -188,16 +181,15 @@ def _train(run, z, steps, graph=False):
 def _loss(model, params, examples, weights, B):
     """(1/B) sum_i w_i l_i, with l_i = (1/L) sum_t mask_it * nll_it; or w_it on each nll_it.
 
-    B and L = tokens.shape[1] are constants that no sample can change, and x_i stands in one summand
-    alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i, Phi of it is a baseline
-    for x_i, and for F = E Phi(A(1, D)), any optimizer and any T,
+    B and L = tokens.shape[1] are constants, not counts of what was written, and x_i stands in one
+    summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i, its Phi is a
+    baseline for x_i, and for F = E Phi(A(1, D)), any optimizer and any T,
 
         grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ]   exactly.
 
-    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: this is DPG's only
-    bias. It is 0 where Phi is affine in each w_i; with SGD it falls with lr and with one example's
-    share 1/B, with AdamW as eps_root grows. Were B or L to count what was written, the identity
-    would fail. (The official code sums micro-batch means: its eps_root is on another scale.)
+    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: DPG's only bias.
+    It is 0 where Phi is affine in each w_i; with SGD it falls with lr and an example's share 1/B,
+    with AdamW as eps_root grows. (The official code sums micro-batch means: another eps_root.)
     """
     nll = _nll(model, params, examples)  # (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
@@ -215,19 +207,14 @@ def _nll(model, params, examples):
 
 def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
     """A metric: the mean log-likelihood per label token of `examples`, in nats (sections 4.4, 4.5).
-
     With `microbatch` the logits exist for so many rows at a time, and again in the backward pass.
     """
     _check(locals())
 
-    def total(params: Params, *part: Tensor) -> Tensor:
-        return -_nll(model, params, Examples(*part)).sum()
-
     def metric(params: Params) -> Tensor:
-        again = functools.partial(checkpoint, total, use_reentrant=False, preserve_rng_state=False)
-        parts = _chunks(microbatch or len(examples.tokens), *examples)
-        nll = sum((again if microbatch else total)(params, *part) for part in parts)
-        return nll / examples.mask.count_nonzero()
+        def total(*part):
+            return -_nll(model, params, Examples(*part)).sum()
+        return _in_parts(total, microbatch, *examples) / examples.mask.count_nonzero()
 
     return metric
 
@@ -256,9 +243,9 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     "replay" (`_replay`, for `microbatch`, `checkpoint_every` and `offload` too) gives the same
     numbers with less memory, also over the processes of a `group` (`_Processes`).
 
-    A metric whose gradient is exactly 0 gives a tau of exactly 0. Errors: those of `sft`;
-    ValueError for a metric that is no scalar, or reads no parameter that training changes, and for
-    eps_root = 0 where a gradient is exactly 0; `NotFinite` for losses, Phi or tau not finite.
+    Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
+    training changes (where its gradient is 0, so is tau), and for eps_root = 0 where a gradient is
+    exactly 0; `NotFinite` for losses, Phi or tau not finite.
     """
     _check(locals())
     with torch.enable_grad():
@@ -278,8 +265,7 @@ def _unroll(run, metric):
         losses.append(loss)
     phi = _phi(run, metric, params, losses)
     # The second derivative is taken here: back through every update and every gradient of the run,
-    # to w. The initial parameters do not depend on w, so no path ends in them, and the first step
-    # costs no Hessian-vector product.
+    # to w. The initial parameters are constants: the first step costs no Hessian-vector product.
     tau, = torch.autograd.grad(phi, run.weights, allow_unused=True, materialize_grads=True)
     return tau, phi, params, losses
 
@@ -297,8 +283,7 @@ class Rollouts(NamedTuple):
     def examples(self, start: int) -> Examples:
         """The dataset D: rows [start] + rollout, no prompt (section 3.1), (N, L_new + 1)."""
         _check({"start": start})
-        tokens = F.pad(self.tokens, (1, 0), value=start)
-        return Examples(tokens, F.pad(self.mask, (1, 0), value=0))
+        return Examples(F.pad(self.tokens, (1, 0), value=start), F.pad(self.mask, (1, 0)))
 
 
 @torch.no_grad()
@@ -309,25 +294,23 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
 
     `prompts` is a pair (tokens, attention mask), both (P_n, P) and padded on the left, or what a
     tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
-    the one of the model's generation config. Temperature 0 takes the most likely token.
-
-    Each prompt has a random stream of its own, from `seed` and its place, or from its own of a
-    sequence of seeds: what is written for it does not depend on the others, nor on `microbatch`,
-    the rows computed at once. The global random state is not used.
+    the one of the model's generation config. Temperature 0 takes the most likely token. Each prompt
+    has a random stream of its own, from `seed` and its place, or from its own of a sequence of
+    seeds: what is written for it does not depend on the others, nor on `microbatch`, the rows
+    computed at once. The global random state is not used.
     """
     _check(locals())
     (tokens, mask), written = _pair(prompts), []
-    size, seeds = max(1, (microbatch or 2**63) // samples), _seeds(seed, len(tokens))
+    seeds, rows = _seeds(seed, len(tokens)), max(1, (microbatch or 2**63) // samples)
+    tokens, mask = (x.long().repeat_interleave(samples, 0) for x in (tokens, mask))  # (N, P)
     with _sampler(model, eos_token_id) as (sample, eos):
-        for some, known, own in _chunks(size, tokens, mask.long(), seeds):
-            some, known = (x.repeat_interleave(samples, 0) for x in (some, known))
+        for i, (some, known) in enumerate(_chunks(rows * samples, tokens, mask)):
+            noise = _gumbel(temperature, samples, seeds[i * rows:][:rows], tokens.device)
             new = sample(some, attention_mask=known, max_new_tokens=max_new_tokens, do_sample=False,
-                         logits_processor=[_gumbel(temperature, samples, own, tokens.device)])
-            new = new[:, some.shape[1]:]
+                         logits_processor=[noise])[:, tokens.shape[1]:]
             written.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=(eos + [0])[0]))
     new = torch.cat(written)  # (N, L_new)
     ended = torch.isin(new, new.new_tensor(eos)).long()
-    tokens, mask = (x.repeat_interleave(samples, 0) for x in (tokens, mask.long()))  # (N, P)
     return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
 
 
@@ -342,9 +325,8 @@ class TokenLogProbs(NamedTuple):
 def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0,
                     entropy: bool = False, reference: nn.Module | None = None):
     """log pi_theta(x_it | prompt, x_i<t), (N, L_new), 0 where the mask is 0; differentiable.
-
-    With entropy=True or a reference model the result is a `TokenLogProbs`: entropy and KL are exact
-    sums over the vocabulary, not estimates from the sampled token.
+    With entropy=True or a reference model a `TokenLogProbs`, whose entropy and KL are exact sums
+    over the vocabulary, not estimates from the sampled token.
     """
     _check(locals())
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
@@ -353,15 +335,15 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     def mean(x):  # under pi; a token that is never drawn adds 0, not 0 * infinity
         return torch.where(labels, (pi * x.masked_fill(pi == 0, 0)).sum(2), 0)
 
-    chosen = torch.where(labels, log_pi.gather(2, rollouts.tokens[..., None])[..., 0], 0)
-    if not entropy and reference is None:
-        return chosen
-    kl = None
+    kl, chosen = None, log_pi.gather(2, rollouts.tokens[..., None])[..., 0]
+    chosen = torch.where(labels, chosen, 0)
     if reference is not None:
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
         _require(log_ref.shape == log_pi.shape, "reference must have the vocabulary of model")
         kl = mean(log_pi - log_ref)
+    elif not entropy:
+        return chosen
     return TokenLogProbs(chosen, -mean(log_pi) if entropy else None, kl)
 
 
@@ -373,16 +355,16 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
 
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
     `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
-    this is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), with which the
-    policy gradient is exact, for no loss that is left sees x_it. A discount below 1 drops what a
-    token does as the context of later ones: it costs bias, and buys less variance.
+    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), with which the policy
+    gradient is exact, for no loss that is left sees x_it. A discount below 1 drops what a token
+    does as the context of later ones: it costs bias, and buys less variance.
 
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
     the paper's GRPO does, N / T within an inner minibatch, whose rewards share a level. baseline
     "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those with a
-    label at the same position. tau_j of another example depends on x_i through the run they share,
-    so both cost bias for less variance; where it cannot (T = 1, SGD, Phi linear) "loo" costs none,
-    and "mean", which holds tau_i itself, is (n - 1) / n of it.
+    label at the same position. tau_j depends on x_i through the run they share, so both cost bias
+    for less variance; where it cannot (T = 1, SGD, Phi linear) "loo" costs none, and "mean", which
+    holds tau_i itself, is (n - 1) / n of it.
 
     scale=True divides by the group's standard deviation: a step is as long whatever the unit of
     Phi, with a bias of order 1/n. A spread as small as rounding counts as zero: where several rows
@@ -398,22 +380,18 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     reward = reward.view_as(labels) * labels
     # Divide by the largest reward of the group first: squares of 1e-20 do not exist in float32.
     unit = reward.abs().amax((1, 2), keepdim=True)  # (groups, 1, 1)
-    unit = torch.where(unit > 0, unit, 1)
-    reward = reward / unit
+    reward = reward / torch.where(unit > 0, unit, 1)
     n = labels.sum(1, keepdim=True)  # (groups, 1, positions)
-    value = centred = (reward - reward.sum(1, keepdim=True) / n.clamp(min=1)) * labels
+    centred = (reward - reward.sum(1, keepdim=True) / n.clamp(min=1)) * labels
     spread = centred.amax(1, keepdim=True) - centred.amin(1, keepdim=True)
     centred = torch.where(spread > (1e-12 if tau.dtype == torch.float64 else 1e-5), centred, 0)
+    value = centred if baseline == "mean" else reward
     if baseline == "loo":  # without others there is no baseline
         value = torch.where(n > 1, centred * n / (n - 1).clamp(min=1), reward)
-    else:
-        value = centred if baseline == "mean" else reward
     if scale:
         std = (centred.square().sum((1, 2), keepdim=True) / labels.sum((1, 2), keepdim=True)).sqrt()
-        value = torch.where(std > 0, value / std, 0)
-    else:
-        value = value * unit
-    return value.reshape(tau.shape)
+        unit, value = 1, torch.where(std > 0, value / std, 0)
+    return (value * unit).reshape(tau.shape)
 
 
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
@@ -421,19 +399,18 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
                          kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
-    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). No token count stands in a
-    denominator: dividing by it would favour some lengths. -entropy_coef (1/N) sum_it H_it and
-    kl_coef (1/N) sum_it KL_it, from `token_log_probs`, change the objective, not the estimator of
-    Phi; how theta changes which positions are visited is left out of their gradient, as is common.
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). A token count in a denominator
+    would favour some lengths. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N) sum_it KL_it, from
+    `token_log_probs`, change the objective, not the estimator of Phi; how theta changes which
+    positions are visited is left out of their gradient, as is common.
     """
     _check(locals())
-    n = len(log_probs)
-    loss = -(advantages.detach().view(n, -1) * log_probs * mask).sum() / n
+    terms = -advantages.detach().view(len(log_probs), -1) * log_probs
     if entropy_coef:
-        loss = loss - entropy_coef * (entropy * mask).sum() / n
+        terms = terms - entropy_coef * entropy
     if kl_coef:
-        loss = loss + kl_coef * (kl * mask).sum() / n
-    return loss
+        terms = terms + kl_coef * kl
+    return (terms * mask).sum() / len(log_probs)
 
 
 class StepResult(NamedTuple):
@@ -457,10 +434,10 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
 
     `encode` makes the target's training rows of what was written: `Rollouts.examples` with a start
     token where the models share a tokenizer, or text encoded anew (then credit is per example).
-    `reward` maps these to an `Attribution`: for DPG, `metagradient` with its other arguments bound
+    `reward` maps these to an `Attribution`: `metagradient` with its other arguments bound
     (functools.partial). `policy` and `policy_optimizer` are changed in place; all else is as in the
     functions called (`group`: `_Processes`). Each step needs a `seed` of its own. By default
-    rewards are centred and scaled: they may be 1e-9, and without nothing would seem to happen.
+    rewards, which may be 1e-9, are centred and scaled; without nothing would seem to happen.
     """
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
@@ -502,15 +479,16 @@ class _Run:
 
     def __init__(self, model, examples, optimizer, weights, T, microbatch, group=None,
                  per_token=False):
-        named = dict(model.named_parameters())
-        self.all = {k: p.detach() for k, p in named.items()}
-        self.params = {k: p.detach().requires_grad_() for k, p in named.items() if p.requires_grad}
+        self.model, self.optimizer, self.T = model, optimizer, T
+        self.microbatch, self.crew = microbatch, _Processes(group)
+        self.all = {k: p.detach() for k, p in model.named_parameters()}
+        self.params = _leaf({k: p for k, p in model.named_parameters() if p.requires_grad})
         _require(self.params, "model has no parameter with requires_grad=True")
-        self.model, self.optimizer, self.T, self.microbatch = model, optimizer, T, microbatch
-        self.crew, shape = _Processes(group), examples.tokens.shape[:1 + per_token]
-        ones = next(iter(self.params.values())).detach().new_ones(shape)
-        self.weights = ones.requires_grad_() if weights is None else weights
+        ones = next(iter(self.params.values())).new_ones(examples.tokens.shape[:1 + per_token])
+        self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
+        # Whether this process computes a minibatch, all of it, and in one part.
+        self.whole = group is None and len(list(_chunks(microbatch, *self.batches[0]))) == 1
 
     def start(self):
         return self.params, self.optimizer.init(self.params)
@@ -520,8 +498,9 @@ class _Run:
         B = len(self.batches[k][0]) * self.crew.world
         # Activation checkpointing computes anew after `functional_call` has put the model's own
         # parameters back: it would be wrong in silence. It works by hooks.
-        with torch.enable_grad(), disable_saved_tensors_hooks("model: activation checkpointing "
-                                                              "inside cannot be attributed"):
+        no_hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+            "model: activation checkpointing inside cannot be attributed")
+        with torch.enable_grad(), no_hooks:
             for *part, w in _chunks(self.microbatch, *self.batches[k]):
                 loss = _loss(self.model, self.all | params, Examples(*part), w, B)
                 grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
@@ -533,18 +512,6 @@ class _Run:
         params = params if graph else _leaf(params)
         *grads, loss = self.crew.sum(_total(self.parts(k, params, graph)))
         return dict(zip(params, grads)), loss
-
-    def pull_back(self, k, params, adjoint):
-        """With s = <gradient, adjoint>: d s / d w_k, this process's rows of tau; and, but for the
-        first step, d s / d params, a Hessian-vector product."""
-        inputs = [self.batches[k][2], *(params.values() if k else ())]
-        tau, *products = _total(_vjp(part[:-1], inputs, adjoint)
-                                for part in self.parts(k, params, graph=True))
-        return tau, self.crew.sum(products)
-
-    def whole(self, k):
-        """Whether this process computes minibatch k, all of it, and in one part."""
-        return self.crew.group is None and len([*_chunks(self.microbatch, *self.batches[k])]) == 1
 
 
 def _replay(run, metric, every, offload):
@@ -560,8 +527,8 @@ def _replay(run, metric, every, offload):
     Beyond the states memory does not grow with T, nor, with `microbatch` set, with N; each step
     costs one more forward and backward pass. A state, 3 times the parameters with AdamW, 4 times
     where a step is several micro-batches, is stored every `every` steps, with offload in host
-    memory; those between are computed again: one more pass, and T / every + every states.
-    Held equal to its twin, `_unroll`, by test_3 and test_12.
+    memory; those between cost one more pass: T / every + every states. Held equal to its twin,
+    `_unroll`, by test_3 and test_12.
     """
     def moved(tree, device):
         return tree_map_only(Tensor, lambda x: x.detach().to(device), tree)
@@ -570,7 +537,7 @@ def _replay(run, metric, every, offload):
     kept, losses, taus = {}, [], []
     for k, (z, g, loss, after) in enumerate(_train(run, run.start(), range(run.T))):
         if k % every == 0 or k > last:  # of the last stretch all
-            kept[k] = moved((z, None if run.whole(k) else g), "cpu" if offload else device)
+            kept[k] = moved((z, None if run.whole else g), "cpu" if offload else device)
         losses.append(loss)
     params = _leaf(after[0])
     phi = _phi(run, metric, params, losses)
@@ -588,19 +555,21 @@ def _replay(run, metric, every, offload):
 
 def _back(run, k, z, g, adjoint):
     """tau_k, and the adjoint of z_k (nobody needs that of z_0), from the adjoint of z_{k+1}."""
-    z, g = _leaf((z, g))
-    inputs = _tensors(z) if k else []
-    if run.whole(k):  # one graph holds the step
-        g, _ = run.gradient(k, z[0], graph=True)
-        after = run.optimizer.update(z[0], g, z[1])
-        tau, *adjoint = _vjp(_tensors(after), [run.batches[k][2], *inputs], adjoint)
+    (params, state), w = _leaf(z), run.batches[k][2]
+    inputs = _tensors((params, state)) if k else []
+    if run.whole:  # one graph holds the step
+        g, _ = run.gradient(k, params, graph=True)
+        after = run.optimizer.update(params, g, state)
+        tau, *adjoint = _vjp(_tensors(after), [w, *inputs], adjoint)
         return tau, adjoint
-    g = g or _leaf(run.gradient(k, z[0])[0])
-    after = run.optimizer.update(z[0], g, z[1])
+    g = _leaf(g or run.gradient(k, params)[0])
+    after = run.optimizer.update(params, g, state)
     found = _vjp(_tensors(after), [*g.values(), *inputs], adjoint)
     of_g, of_z = found[:len(g)], found[len(g):]
-    tau, products = run.pull_back(k, z[0], of_g)
-    return tau, [*map(torch.add, of_z, products), *of_z[len(products):]]
+    parts = run.parts(k, params, graph=True)  # d <gradient, of_g>, a Hessian-vector product
+    tau, *products = _total(_vjp(part[:-1], [w, *(params.values() if k else ())], of_g)
+                             for part in parts)
+    return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
 
 
 class _AdamRatio(torch.autograd.Function):
@@ -633,7 +602,7 @@ def _vjp(outputs, inputs, adjoints):
 
 
 def _total(lists):
-    """The sum of lists of tensors, entry by entry."""
+    """The sum of lists of tensors, entry by entry; one list at a time is held."""
     return functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], lists)
 
 
@@ -643,7 +612,7 @@ def _leaf(tree):
 
 
 def _tensors(tree):
-    leaves = [x for x in tree_leaves(tree) if not (x is None or isinstance(x, (int, float, str)))]
+    leaves = [x for x in tree_leaves(tree) if not isinstance(x, (int, float, str, type(None)))]
     _require(all(isinstance(x, Tensor) for x in leaves),
              "optimizer: its state must be made of tensors and numbers in dicts, tuples and lists")
     return leaves
@@ -655,6 +624,14 @@ def _chunks(size, *columns):
     n, length = columns[0].shape
     size = size or (max(1, 2048 // length) if columns[0].device.type == "cpu" else n)
     return (tuple(x[first:first + size] for x in columns) for first in range(0, n, size))
+
+
+def _in_parts(total, size, *columns):
+    """total(*columns); given a size, so many rows at a time, and again in the backward pass."""
+    if size is None:
+        return total(*columns)
+    return sum(checkpoint(total, *part, use_reentrant=False, preserve_rng_state=False)
+               for part in _chunks(size, *columns))
 
 
 # ---------------------------------------------------------------------- models, as pure functions
@@ -669,7 +646,7 @@ def _logits(model, params, tokens):
     params = {slot: params[name] for slot, name in slots.items() if name in params}
     options = _accepted(model, use_cache=False) if hasattr(model, "config") else {}
     with sdpa_kernel(SDPBackend.MATH), _pure(model):  # fused kernels are differentiable only once
-        out = functional_call(model, params, (tokens,), options, tie_weights=False)
+        out = torch.func.functional_call(model, params, (tokens,), options, tie_weights=False)
     logits = getattr(out, "logits", out)
     _require(isinstance(logits, Tensor) and logits.ndim == 3, "model must return logits (N, L, V) "
              f"or an object with .logits; {type(model).__name__} returned {_short(logits)}")
@@ -700,8 +677,8 @@ def _accepted(model, **options):
 
 @contextlib.contextmanager
 def _pure(model):
-    """Refuses what would make tau and log pi those of another function at every call: noise, for it
-    draws from a global random state, and statistics of a batch, for they change a buffer."""
+    """Refuses what makes each call another function: noise, for it draws from a global random
+    state, and statistics of a batch, for they change a buffer."""
     def state():
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         return [torch.get_rng_state(), *cuda], [b._version for b in model.buffers()]
@@ -717,9 +694,9 @@ def _pure(model):
 
 @contextlib.contextmanager
 def _sampler(model, eos_token_id):
-    """The model's `generate`, from its own distribution, and the ids that end a text. A hub model's
-    generation config may bend that distribution, and transformers merges it into any that is given:
-    in here each part of the model that has one (also what a wrapper wraps) has a plain one."""
+    """The model's `generate`, and the ids that end a text. A hub model's generation config may bend
+    its distribution, and transformers merges it into any that is given: in here each part of the
+    model that has one (also what a wrapper wraps) has a plain one."""
     eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     kept = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
@@ -745,9 +722,9 @@ def _gumbel(temperature, samples, seeds, device):
     streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def perturbed(_, logits):  # (rows, V)
-        if logits.isnan().any():
-            raise NotFinite("model: its logits are NaN; eager attention in float64 gives that with "
-                            'padding on the left: load it with attn_implementation="sdpa"')
+        _require(not logits.isnan().any(), "model: its logits are NaN; eager attention in float64 "
+                 'gives that with padding on the left: load it with attn_implementation="sdpa"',
+                 NotFinite)
         if temperature == 0:
             return logits
         uniform = torch.empty(len(logits), 2, logits.shape[1], device=device, dtype=torch.float32)
@@ -769,15 +746,14 @@ class _Processes:
     In `dpg_step` each calls with the same arguments, and `reward` bound to the group: it writes for
     every K-th prompt and attributes its own rows, and all make the same update from all rewards;
     that of a single process, where K divides the prompts of each inner minibatch. In `metagradient`
-    `examples` and tau are this process's rows, as many on each: minibatch k of the run is the
-    processes' k-th minibatches together. `metric` must be the same everywhere. A process that
-    refuses its arguments leaves the others waiting; `NotFinite` stops all. Held equal to one
-    process by test_12."""
+    `examples` and tau are this process's rows, as many on each, and minibatch k is the processes'
+    k-th minibatches together; `metric` must be the same everywhere. A process that refuses its
+    arguments leaves the others waiting; `NotFinite` stops all. Equal to one process by test_12."""
 
     def __init__(self, group):
-        self.group = group
-        self.rank, self.world = (0, 1) if group is None else (
-            dist.get_rank(group), dist.get_world_size(group))
+        self.group, self.rank, self.world = group, 0, 1
+        if group is not None:
+            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
 
     def everyones(self, value):
         """The value that each process has."""
@@ -792,8 +768,8 @@ class _Processes:
             return tensors
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat, group=self.group)
-        sizes = [x.numel() for x in tensors]
-        return [part.view_as(x) for part, x in zip(flat.split(sizes), tensors)]
+        parts = flat.split([x.numel() for x in tensors])
+        return [part.view_as(x) for part, x in zip(parts, tensors)]
 
     def share(self, rows):
         """This process's part of what belongs to the prompts: r, r + K, r + 2K ..."""
@@ -811,13 +787,13 @@ def _update(policy, optimizer, crew):
     for (name, p), *somewhere in zip(policy.named_parameters(), *reached, strict=True):
         if any(somewhere):
             p.grad, = crew.sum([torch.zeros_like(p) if p.grad is None else p.grad])
-            if not p.grad.isfinite().all():
-                raise NotFinite(f"policy: the gradient of {name} is not finite, its training "
-                                "diverged (lower the rate of policy_optimizer); nothing was changed")
+            _require(p.grad.isfinite().all(), f"policy: the gradient of {name} is not finite, its "
+                     "training diverged (lower the rate of policy_optimizer); nothing was changed",
+                     NotFinite)
             coarse += [(p, p.detach().clone())] if p.element_size() < 4 else []
     optimizer.step()
     moved = [((p != before) & (p.grad != 0)).sum() / (p.grad != 0).sum() for p, before in coarse]
-    if coarse and sum(moved) < 0.5 * len(moved):
+    if sum(moved) < 0.5 * len(moved):
         warnings.warn(f"policy: {sum(moved) / len(moved):.0%} of its {coarse[0][0].dtype} weights "
                       "moved, the step is below their spacing: keep them in float32, or raise the "
                       "rate of policy_optimizer", stacklevel=3)
@@ -831,17 +807,15 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
                  tolerance: float = 0.05, seed: int = 0) -> float:
     """Whether tau is the derivative for this target, metric and optimizer: before a long run.
 
-    Along a random direction of w (from `seed`) tau is held against central differences of
-    Phi(A(w, D)), of fourth order, at several step sizes: 8 runs of `sft`, 2 of `metagradient`.
-    Returns how far apart they are, in norms of tau. How far they may be is read off the
-    disagreement and the rounding of the differences, at least 1e-6 (in float32 2e-3).
-
-    ValueError: they are farther apart (something is detached, or not smooth); the differences
-    cannot tell within `tolerance`; a label sees a later token, or another row; two equal calls
-    differ; the model was changed.
+    Along a random direction of w (from `seed`) tau is held against fourth-order central differences
+    of Phi(A(w, D)): 13 runs of `sft`, 2 of `metagradient`. Returns how far apart they are, in norms
+    of tau; allowed is what the disagreement and the rounding of the differences explain, at least
+    1e-6 (in float32 2e-3). ValueError: they are farther apart (something is detached, or not
+    smooth); the differences cannot tell within `tolerance`; a label sees a later token, or another
+    row; two equal calls differ; the model was changed.
     """
     _check(locals())
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     before, taus = {k: x.detach().clone() for k, x in state.items()}, []
     for place in (0, 1):
         with torch.random.fork_rng():
@@ -850,25 +824,25 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
                                      per_token=per_token, method=method).tau)
     tau, size, fine = taus[0], taus[0].norm().item(), taus[0].dtype == torch.float64
     _require(size > 0, "metric: tau is exactly 0, there is nothing to compare")
-    _require((tau - taus[1]).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal "
-             "calls differ; call model.eval(), or find what remembers or draws random numbers")
+    _require((tau - taus[1]).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal"
+             " calls differ; call model.eval(), or find what remembers or draws random numbers")
     tokens, half = examples.tokens[:, :-1], examples.tokens.shape[1] // 2
+    way = torch.randn(tau.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    way = way.to(tau) * (examples.mask if per_token else 1)
+
+    @torch.no_grad()
+    def phi(h):
+        return metric(sft(model, examples, optimizer, weights=1 + h * way, steps=steps)).item()
+
     with torch.no_grad():
         alone, whole = (_logits(model, dict(model.named_parameters()), x)[:1, :half]
                         for x in (tokens[:1, :half], tokens))
     _require((alone - whole).abs().max() <= (1e-6 if fine else 1e-3) * whole.abs().max(),
              "model: a label sees later tokens, or other rows; is its attention causal?")
-    way = torch.randn(tau.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    way = way.to(tau) * (examples.mask if per_token else 1)
-
-    def phi(h):
-        with torch.no_grad():
-            return metric(sft(model, examples, optimizer, weights=1 + h * way, steps=steps)).item()
-
-    tiny = 1e-7 if fine else 1e-5  # here only rounding bends Phi
-    noise = max(abs(phi(x) + phi(-x) - 2 * phi(0)) for x in (tiny, 2 * tiny, 3 * tiny))
-    noise = max(noise, torch.finfo(tau.dtype).eps * abs(phi(0)))
-    h = min(max(3e3 * noise / size, 1e-6), 0.2)  # small, for kinks, but not too small
+    tiny, here = (1e-7 if fine else 1e-5), phi(0)  # so near, only rounding bends Phi
+    noise = max(abs(phi(h) + phi(-h) - 2 * here) for h in (tiny, 2 * tiny, 3 * tiny))
+    noise = max(noise, torch.finfo(tau.dtype).eps * abs(here))
+    h = min(max(3e3 * noise / size, 1e-6), 0.2)  # small, for there may be kinks, but not too small
     far, near, nearest = ((phi(x) - phi(-x)) / (2 * x) for x in (h, h / 4, h / 16))
     rough, slope = (16 * near - far) / 15, (16 * nearest - near) / 15  # of fourth order
     doubt = abs(rough - slope) + 16 / h * noise
@@ -887,10 +861,10 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
                  temperature: float = 1.0, seed: int = 0) -> float:
     """Whether `token_log_probs` are those that `generate` draws from: before a long run.
 
-    Samples, and compares the log-probability under which each token was drawn with that of
-    `token_log_probs`, in the padded batch and for each prompt alone. Returns the largest difference
-    in nats. ValueError where it is above 1e-3 (in half precision 0.3): the model sees padding or
-    later tokens, or depends on how it is called.
+    Compares the log-probability under which each token was drawn with that of `token_log_probs`,
+    in the padded batch and for each prompt alone. Returns the largest difference in nats.
+    ValueError where it is above 1e-3 (in half precision 0.3): the model sees padding or later
+    tokens, or depends on how it is called.
     """
     _check(locals())
     seen, owner = [], [m for m in model.modules() if "generation_config" in vars(m)][-1]
@@ -902,16 +876,14 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
         hook.remove()
     seen += [torch.zeros_like(seen[0])] * (max_new_tokens - len(seen))  # all had ended
     drawn = (torch.stack(seen, 1) / temperature).log_softmax(2)  # (N, L_new, V)
-    drawn = drawn.gather(2, rollouts.tokens[..., None])[..., 0]
-    worst = 0.0
-    for first, n in [(0, len(drawn)), *((i, samples) for i in range(0, len(drawn), samples))]:
-        part, own = Rollouts(*(x[first:first + n] for x in rollouts)), drawn[first:first + n]
-        pad = int((part.prompt_mask == 0).sum(1).min())
-        part = part._replace(prompt_tokens=part.prompt_tokens[:, pad:],
-                             prompt_mask=part.prompt_mask[:, pad:])
-        with torch.no_grad():
-            found = token_log_probs(model, part, temperature=temperature)
-        worst = max(worst, ((found - own) * part.mask).abs().max().item())
+    drawn, worst = drawn.gather(2, rollouts.tokens[..., None])[..., 0], 0.0
+    for n in (len(drawn), samples):
+        for *part, own in _chunks(n, *rollouts, drawn):
+            pad = int((part[1] == 0).sum(1).min())
+            part = Rollouts(part[0][:, pad:], part[1][:, pad:], *part[2:])
+            with torch.no_grad():
+                found = token_log_probs(model, part, temperature=temperature)
+            worst = max(worst, ((found - own) * part.mask).abs().max().item())
     _require(worst <= (1e-3 if next(model.parameters()).element_size() > 2 else 0.3),
              f"model: tokens were drawn with log-probabilities {worst:.2g} nats from those of "
              "token_log_probs: does it see padding, or later tokens?")
@@ -927,219 +899,196 @@ class NotFinite(FloatingPointError, ValueError):
 def _phi(run, metric, params, losses):
     """Phi(A(w, D)), after a run whose losses are finite."""
     for step, loss in enumerate(losses):
-        if not torch.isfinite(loss):
-            raise NotFinite(f"the loss of step {step} of the inner run is {loss.item()}: " + (
-                "it diverged; lower lr" if step else "the model itself gives no finite loss"))
+        why = "it diverged; lower lr" if step else "the model itself gives no finite loss"
+        _require(loss.isfinite(), f"the loss of step {step} of the inner run is {loss.item()}: "
+                 + why, NotFinite)
     phi = metric(run.all | params)
     _require(isinstance(phi, Tensor) and phi.numel() == 1 and phi.requires_grad,
              f"metric must return one number that depends on the parameters; got {_short(phi)}")
-    if not torch.isfinite(phi):
-        raise NotFinite(f"metric is {phi.item()} after the last step of the inner run; is it "
-                        "defined for these parameters? Otherwise lower lr")
+    _require(phi.isfinite(), f"metric is {phi.item()} after the last step of the inner run; is it "
+             "defined for these parameters? Otherwise lower lr", NotFinite)
     return phi.reshape(())
 
 
 def _check_tau(run, tau, metric, params):
     """That tau is finite; and where it is exactly 0, whether Phi is flat there, or blind."""
-    bad = run.crew.everyones((~torch.isfinite(tau)).nonzero()[:1, 0].tolist())
-    for rank, (row,) in ((rank, row) for rank, row in enumerate(bad) if row):
-        raise NotFinite(f"tau of example {row} (process {rank}), in step {row * run.T // len(tau)} "
-                        "of the inner run, is not finite: its derivatives overflow; lower lr or "
-                        "raise eps_root")
+    for rank, rows in enumerate(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist())):
+        for row in rows:
+            step = row * run.T // len(tau)
+            raise NotFinite(f"tau of example {row} (process {rank}), in step {step} of the inner "
+                            "run, is not finite, it overflows: lower lr or raise eps_root")
     if not any(run.crew.everyones(bool(tau.any()))):
         leaf = _leaf(params)
         loss = sum(_nll(run.model, run.all | leaf, Examples(*b[:2])).sum() for b in run.batches)
         reads, moves = (torch.autograd.grad(x, list(leaf.values()), allow_unused=True)
                         for x in (metric(run.all | leaf), loss))
-        both = [a is not None and b is not None for a, b in zip(reads, moves)]
-        _require(any(map(any, run.crew.everyones(both))),
+        both = any(a is not None and b is not None for a, b in zip(reads, moves))
+        _require(any(run.crew.everyones(both)),
                  "metric does not depend on any parameter that training on the examples changes")
 
 
 # --------------------------------------------------------------------------------------- arguments
 
-def _require(condition, message):
+def _require(condition, message, error=ValueError):
     if not condition:
-        raise ValueError(message)
+        raise error(message)
 
 
 def _check(given):
     """Holds each argument of a call against the rule of its name; a name without one fails."""
-    sizes = {}  # rules name sizes by letters, and a letter has one value in a call
+    call = _Call(given)
     for name, x in given.items():
-        what, right = _RULES[name]
-        _require(right(x, given, sizes), f"{name} must be {what}; got {_short(x)}" + (
-            f", with {', '.join(f'{c} = {n}' for c, n in sizes.items())}" if sizes else ""))
+        what, right, optional = _RULES[name]
+        if not (x is None and optional or right(call, x)):
+            sizes = "".join(f", {c} = {n}" for c, n in call.items() if c[0].isupper())
+            raise ValueError(f"{name} must be {what}; got {_short(x)}{sizes}")
 
 
 def _short(x):
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else (
-        " and ".join(map(_short, x)) if isinstance(x, tuple) else repr(x)[:60])
-
-
-def _whole(x, low=-math.inf, high=2**31):
-    return isinstance(x, int) and not isinstance(x, bool) and low <= x < high
-
-
-def _real(x, low=0, high=1e18):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x < high
-
-
-def _like(x, sizes, shapes, kind="finite"):
-    """Whether x is a tensor of such values, in one of the shapes, as "N or N L"."""
-    for letters in map(str.split, shapes.split(" or ")):
-        if isinstance(x, Tensor) and len(letters) == x.ndim and all(
-                sizes.get(c, n) == n > 0 for c, n in zip(letters, x.shape)):
-            sizes.update(zip(letters, x.shape))
-            if kind == "ids":
-                return x.dtype == torch.int64
-            if kind == "finite":
-                return x.is_floating_point() and bool(x.isfinite().all())
-            return not x.is_complex() and bool(((x == 0) | (x == 1)).all()) and (
-                x.ndim == 1 or bool((x != 0).any(1).all()))  # a mask
-    return False
+    return str(tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)}", x))[:100]
 
 
 def _pair(prompts):
     """Token ids and attention mask, from a pair or by the tokenizer's names."""
     if isinstance(prompts, Mapping) and {"input_ids", "attention_mask"} <= prompts.keys():
-        prompts = prompts["input_ids"], prompts["attention_mask"]
+        return prompts["input_ids"], prompts["attention_mask"]
     return tuple(prompts) if isinstance(prompts, (tuple, list)) and len(prompts) == 2 else (0, 0)
 
 
-def _known(given, tokens, length):
-    """Whether the model knows these tokens, and has so many places: a GPU would only abort."""
-    model = given["model"] if "model" in given else given["policy"]
-    config, embeddings = getattr(model, "config", None), [
-        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    return (tokens.device == next(model.parameters()).device and 0 <= tokens.min()
-            and tokens.max() < getattr(config, "vocab_size", max(embeddings, default=math.inf))
-            and length <= getattr(config, "max_position_embeddings", math.inf))
+def _number(x, low=0, high=1e18, kind=(int, float)):
+    return isinstance(x, kind) and not isinstance(x, bool) and low <= x < high
 
 
-def _prompts(x, given, sizes, rows="P_n"):
-    tokens, mask = _pair(x)
-    return (_like(tokens, sizes, f"{rows} P", "ids") and _like(mask, sizes, f"{rows} P", "mask")
-            and (mask[:, -1] == 1).all() and (mask.long().diff(dim=1) >= 0).all()
-            and _known(given, tokens, 0))
+def _whole(x, low, high=2**31):
+    return _number(x, low, high, int)
 
 
-def _rollouts(x, given, sizes):
-    return (isinstance(x, Rollouts) and _prompts(x[:2], given, sizes, "N")
-            and _like(x.tokens, sizes, "N L_new", "ids") and _like(x.mask, sizes, "N L_new", "mask")
-            and _known(given, x.tokens, sizes["P"] + sizes["L_new"] - 1))
+class _Call(dict):
+    """The arguments of a call, and the sizes of its shapes: a letter has one value in a call."""
+
+    def like(self, x, shapes, kind="finite"):
+        """Whether x is a tensor of such values, in one of the shapes, as "N or N L"."""
+        if not isinstance(x, Tensor) or not any(len(letters) == x.ndim and all(
+                self.setdefault(c, n) == n > 0 for c, n in zip(letters, x.shape))
+                for letters in map(str.split, shapes.split(" or "))):
+            return False
+        if kind == "finite":
+            return x.is_floating_point() and bool(x.isfinite().all())
+        if kind == "ids":
+            return x.dtype == torch.int64
+        binary = not x.is_complex() and bool(((x == 0) | (x == 1)).all())
+        return binary and (x.ndim == 1 or bool(x.any(1).all()))
+
+    def texts(self, tokens, mask, shape):
+        """Whether the model knows the tokens: a GPU would only abort."""
+        if not (self.like(tokens, shape, "ids") and self.like(mask, shape, "mask")):
+            return False
+        model = self.get("model", self.get("policy"))
+        sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+        size = getattr(getattr(model, "config", None), "vocab_size", max(sizes, default=math.inf))
+        return (tokens.device == mask.device == next(model.parameters()).device
+                and 0 <= tokens.min() and tokens.max() < size)
+
+    def places(self, n):
+        config = getattr(self.get("model", self.get("policy")), "config", None)
+        return n <= getattr(config, "max_position_embeddings", math.inf)
+
+    def prompts(self, x, rows="P_n"):
+        tokens, mask = _pair(x)
+        return (self.texts(tokens, mask, f"{rows} P") and (mask[:, -1] == 1).all()
+                and (mask.long().diff(dim=1) >= 0).all())
+
+    def rollouts(self, x):
+        return (isinstance(x, Rollouts) and self.prompts(x[:2], "N") and self.texts(
+            *x[2:], "N L_new") and self.places(self["P"] + self["L_new"] - 1))
+
+    def examples(self, x):
+        if not (isinstance(x, Examples) and self.texts(*x, "N L") and self.places(self["L"] - 1)
+                and not x.mask[:, 0].any()):
+            return False
+        # torch drops the gradient of an embedding's padding_idx. Where the head has the same weight
+        # that row moves all the same, and tau would miss what it does as an input.
+        owners = [id(p) for _, p in self["model"].named_parameters(remove_duplicate=False)]
+        inputs = x.tokens[:, :-1][(x.mask[:, 1:].flip(1).cumsum(1) > 0).flip(1)]
+        return not any(owners.count(id(m.weight)) > 1 and (inputs == m.padding_idx).any()
+                       for m in self["model"].modules()
+                       if isinstance(m, nn.Embedding) and m.padding_idx is not None)
+
+    def model(self, x):
+        dtypes = {p.dtype for p in x.parameters()} if isinstance(x, nn.Module) else set()
+        if "examples" not in self:
+            return bool(dtypes) and hasattr(x, "generation_config")
+        kernel = getattr(getattr(x, "config", None), "_attn_implementation", None)
+        return (set() < dtypes <= {torch.float32, torch.float64}
+                and kernel in (None, "eager", "sdpa") and not torch.is_inference_mode_enabled()
+                and not torch.is_autocast_enabled(next(x.parameters()).device.type))
+
+    def discount(self, x):
+        per_token = getattr(self.get("reward"), "keywords", {}).get("per_token")  # of a partial
+        per_token = self["tau"].ndim == 2 if "tau" in self else per_token
+        return (x is None or _number(x) and x <= 1) and per_token in (None, x is not None)
+
+    def group(self, x):
+        crew, shape = _Processes(x), (self.get("N"), self.get("L"))
+        return self.get("P_n", 0) % crew.world == 0 and len(set(crew.everyones(shape))) == 1
 
 
-def _examples(x, given, sizes):
-    if not (isinstance(x, Examples) and _like(x.tokens, sizes, "N L", "ids") and _like(
-            x.mask, sizes, "N L", "mask") and not x.mask[:, 0].any() and x.mask.device
-            == x.tokens.device and _known(given, x.tokens, sizes["L"] - 1)):
-        return False
-    # torch drops the gradient of an embedding's padding_idx. Where the head has the same weight
-    # that row moves all the same, and tau would miss what it does as an input.
-    weights = [id(p) for _, p in given["model"].named_parameters(remove_duplicate=False)]
-    tied = [m.padding_idx for m in given["model"].modules() if isinstance(m, nn.Embedding)
-            and m.padding_idx is not None and weights.count(id(m.weight)) > 1]
-    inputs = x.tokens[:, :-1][(x.mask[:, 1:].flip(1).cumsum(1) > 0).flip(1)]
-    return not any((inputs == pad).any() for pad in tied)
-
-
-def _model(x, given, _):
-    if not isinstance(x, nn.Module) or not any(True for _ in x.parameters()):
-        return False
-    kernel = getattr(getattr(x, "config", None), "_attn_implementation", None)
-    return hasattr(x, "generation_config") if "examples" not in given else (
-        {p.dtype for p in x.parameters()} <= {torch.float32, torch.float64}
-        and kernel in (None, "eager", "sdpa") and not torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled(next(x.parameters()).device.type))
-
-
-def _discount(x, given, _):
-    per_token = getattr(given.get("reward"), "keywords", {}).get("per_token")  # of a partial
-    per_token = given["tau"].ndim == 2 if "tau" in given else per_token
-    return (x is None or _real(x) and x <= 1) and per_token in (None, x is not None)
-
-
-def _group(x, given, sizes):
-    crew = _Processes(x)
-    return (given.get("method") != "unroll" and sizes.get("P_n", 0) % crew.world == 0
-            and len(set(crew.everyones((sizes.get("N"), sizes.get("L"))))) == 1)
-
-
-def _or_none(rule):
-    return f"None, or {rule[0]}", lambda x, *call: x is None or rule[1](x, *call)
-
-
-_POSITIVE = "a finite number above 0", lambda x, *_: _real(x) and x > 0
-_AMOUNT = "a finite number, at least 0", lambda x, *_: _real(x)
-_COUNT = "a whole number, at least 1", lambda x, *_: _whole(x, 1)
-_FLAG = "True or False", lambda x, *_: isinstance(x, bool)
-_FUNCTION = "a function", lambda x, *_: callable(x)
-_POLICY = "a model with transformers' generate", _model
-_EACH = "finite, (N or N L_new)", lambda x, _, sizes: _like(x, sizes, "N or N L_new")
-_TOKEN = "finite, (N L_new)", lambda x, _, sizes: _like(x, sizes, "N L_new")
-
-_RULES = {  # of each argument: what it must be, and whether it is
-    "lr": _POSITIVE, "tolerance": _POSITIVE, "eps": _AMOUNT, "eps_root": _AMOUNT,
-    "weight_decay": _AMOUNT, "per_token": _FLAG, "scale": _FLAG, "samples": _COUNT,
-    "microbatch": _or_none(_COUNT), "metric": _FUNCTION, "encode": _FUNCTION, "reward": _FUNCTION,
-    "tau": _EACH, "advantages": _EACH, "log_probs": _TOKEN, "kl": _or_none(_TOKEN),
-    "policy": _POLICY, "reference": _or_none(_POLICY), "start": ("a token id", lambda x, *_: _whole(x, 0)),
-    "betas": ("two numbers in [0, 1)", lambda x, *_: isinstance(x, (tuple, list)) and len(x) == 2
-              and all(_real(b, 0, 1) for b in x)),
-    "model": ('a torch.nn.Module: a target in float32 or float64, with attn_implementation "sdpa" '
-              'or "eager", outside of torch.autocast and torch.inference_mode, for it is '
-              "differentiated twice; a policy with transformers' generate", _model),
-    "policy_optimizer": ("a torch.optim.Optimizer of the policy's own parameters", lambda x, given,
-                         _: hasattr(x, "param_groups") and {id(p) for part in x.param_groups
-                         for p in part["params"]} <= {*map(id, given["policy"].parameters())}),
-    "optimizer": ("SGD, AdamW, or have their init and update",
-                  lambda x, *_: hasattr(x, "init") and hasattr(x, "update")),
-    "examples": ("Examples: int64 tokens (N, L) in the model's vocabulary and places, a mask of 0 "
-                 "and 1 with a label in each row, none in column 0 (put a start token there); no "
-                 "input the padding_idx of an embedding tied to the head (set it to None); on the "
-                 "model's device", _examples),
-    "prompts": ("int64 token ids in the model's vocabulary and their attention mask, padded on the "
-                'left (padding_side="left"), as a pair or by the tokenizer\'s names', _prompts),
-    "rollouts": ("Rollouts: prompts padded on the left, int64 tokens in the model's vocabulary and "
-                 "places, a mask of 0 and 1 with a label in each row", _rollouts),
-    "max_new_tokens": ("a whole number, at least 1, and within the model's places",
-                       lambda x, given, sizes: _whole(x, 1) and _known(
-                           given, _pair(given["prompts"])[0], sizes["P"] + x - 1)),
-    "weights": ("None, or finite, in float32 or float64, (N or N L), in tau's shape",
-                lambda x, given, sizes: x is None or x is not True and _like(x, sizes, {
-                    True: "N L", None: "N or N L"}.get(given.get("per_token"), "N")
-                    ) and x.element_size() > 2),
-    "steps": ("a positive divisor of N",
-              lambda x, _, sizes: _whole(x, 1) and sizes["N"] % x == 0),
-    "method": ('"unroll" or "replay"',
-               lambda x, *_: isinstance(x, str) and x in ("unroll", "replay")),
-    "checkpoint_every": ('a whole number, at least 1; 1 without method="replay"', lambda x, given,
-                         _: _whole(x, 1) and (x == 1 or given["method"] == "replay")),
-    "offload": ('True or False; False without method="replay"', lambda x, given, _:
-                isinstance(x, bool) and (not x or given["method"] == "replay")),
-    "group": ('None, or a process group: with method="replay", examples of one shape on all, and a '
-              "number of prompts that it divides",
-              lambda x, *call: x is None or hasattr(x, "rank") and _group(x, *call)),
-    "temperature": ("a finite number above 0 (in `generate` 0 too)",
-                    lambda x, given, _: _real(x) and (x > 0 or "eos_token_id" in given)),
-    "seed": ("a whole number, or one of 63 bits for each prompt", lambda x, _, sizes:
-             _whole(x, high=math.inf) or isinstance(x, (tuple, list))
-             and len(x) == sizes.get("P_n") and all(_whole(each, 0, 2**63) for each in x)),
-    "eos_token_id": _or_none(("a token id, or several", lambda x, *_: all(
-        _whole(i, 0) for i in (x if isinstance(x, (tuple, list)) else [x])))),
-    "mask": ("0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
-             lambda x, _, n: _like(x, n, "N L_new" + " or N" * ("L_new" not in n), "mask")),
-    "entropy": ("None, or finite, (N L_new) (in `token_log_probs` True or False)", lambda x, given,
-                sizes: isinstance(x, bool) if "rollouts" in given else
-                x is None or _like(x, sizes, "N L_new")),
-    "entropy_coef": ("a finite number, at least 0, and 0 without entropy", lambda x, given, _:
-                     _real(x) and (x == 0 or given.get("entropy", 0) is not None)),
-    "kl_coef": ("a finite number, at least 0, and 0 without kl or a reference", lambda x, given, _:
-                _real(x) and (x == 0 or given.get("kl", given.get("reference")) is not None)),
-    "group_size": _or_none(("a divisor of N", lambda x, given, sizes: _whole(x, 1) and (
-        sizes["N"] if "N" in sizes else sizes["P_n"] * given["samples"]) % x == 0)),
-    "baseline": ('"none", "mean" or "loo"',
-                 lambda x, *_: isinstance(x, str) and x in ("none", "mean", "loo")),
-    "discount": ("in [0, 1] where tau is per token, None where it is per example", _discount),
-}
+_TABLE = [  # names (with "?": or None), what it must be, and whether x is, in the call c
+    ("lr tolerance", "a finite number above 0", lambda c, x: _number(x) and x > 0),
+    ("eps eps_root weight_decay", "a finite number, at least 0", lambda c, x: _number(x)),
+    ("betas", "two numbers in [0, 1)", lambda c, x: isinstance(x, (tuple, list)) and len(x) == 2
+     and all(_number(beta, 0, 1) for beta in x)),
+    ("temperature", "a finite number above 0 (in `generate` 0 too)",
+     lambda c, x: _number(x) and (x > 0 or "eos_token_id" in c)),
+    ("entropy_coef", "a finite number, at least 0, and 0 without entropy",
+     lambda c, x: _number(x) and (x == 0 or c.get("entropy", 0) is not None)),
+    ("kl_coef", "a finite number, at least 0, and 0 without kl or a reference",
+     lambda c, x: _number(x) and (x == 0 or c.get("kl", c.get("reference")) is not None)),
+    ("discount", "in [0, 1] where tau is per token, None where it is per example", _Call.discount),
+    ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
+    ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
+     and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
+    ("max_new_tokens", "a whole number above 0, within the model's places",
+     lambda c, x: _whole(x, 1) and c.places(c["P"] + x - 1)),
+    ("seed", "a whole number, or one of 63 bits for each prompt", lambda c, x: (
+        len(x) == c.get("P_n") and all(_whole(each, 0, 2**63) for each in x)
+        if isinstance(x, (tuple, list)) else _whole(x, -math.inf, math.inf))),
+    ("start", "a token id", lambda c, x: _whole(x, 0)),
+    ("eos_token_id?", "a token id, or several", lambda c, x: all(
+        _whole(i, 0) for i in (x if isinstance(x, (tuple, list)) else [x]))),
+    ("per_token scale offload", "True or False", lambda c, x: isinstance(x, bool)),
+    ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
+     lambda c, x: isinstance(x, str) and (x == "replay" or x == "unroll" and not (
+         c.get("offload") or c.get("group") or c.get("checkpoint_every", 1) != 1))),
+    ("baseline", '"none", "mean" or "loo"',
+     lambda c, x: isinstance(x, str) and x in ("none", "mean", "loo")),
+    ("metric encode reward", "a function", lambda c, x: callable(x)),
+    ("optimizer", "SGD, AdamW, or have their init and update",
+     lambda c, x: hasattr(x, "init") and hasattr(x, "update")),
+    ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters", lambda c, x:
+     hasattr(x, "param_groups") and {id(p) for part in x.param_groups for p in part["params"]}
+     <= {id(p) for p in c["policy"].parameters()}),
+    ("model", "a torch.nn.Module: a policy with transformers' generate; a target in float32 or "
+     'float64, its attn_implementation "sdpa" or "eager", outside of torch.autocast and '
+     "torch.inference_mode", _Call.model),
+    ("policy reference?", "a model with transformers' generate", _Call.model),
+    ("group?", "a process group: examples of one shape on all its processes, a number of prompts "
+     "that it divides", lambda c, x: hasattr(x, "rank") and c.group(x)),
+    ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"
+     " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there); no "
+     "input the padding_idx of an embedding tied to the head (set it to None)", _Call.examples),
+    ("prompts", "int64 token ids in the model's vocabulary and an attention mask, a pair or from a "
+     'tokenizer, padded on the left (padding_side="left")', _Call.prompts),
+    ("rollouts", "Rollouts: prompts padded on the left, int64 tokens in the model's vocabulary and "
+     "places, a mask of 0 and 1 with a label in each row", _Call.rollouts),
+    ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
+     lambda c, x: c.like(x, "N L_new" if "L_new" in c else "N L_new or N", "mask")),
+    ("tau advantages", "finite, (N or N L_new)", lambda c, x: c.like(x, "N or N L_new")),
+    ("log_probs kl?", "finite, (N L_new)", lambda c, x: c.like(x, "N L_new")),
+    ("entropy", "finite, (N L_new), or None (in `token_log_probs` True or False)", lambda c, x:
+     isinstance(x, bool) if "rollouts" in c else x is None or c.like(x, "N L_new")),
+    ("weights?", "finite, in float32 or float64, (N or N L), in tau's shape", lambda c, x: c.like(
+        x, {True: "N L", None: "N or N L"}.get(c.get("per_token"), "N")) and x.element_size() > 2),
+]
+_RULES = {name.strip("?"): (what + ", or None" * ("?" in name), right, "?" in name)
+          for names, what, right in _TABLE for name in names.split()}
