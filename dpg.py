@@ -2,15 +2,16 @@
 
 A generator pi_theta writes a dataset D = {x_1..x_n}. A target model is trained on D by supervised
 fine-tuning (SFT), A(w, D), where example i has loss weight w_i. A differentiable metric Phi (higher
-is better) scores the trained target. DPG rewards each example with its metagradient,
+is better) scores the trained target; Phi(w) is short for Phi(A(w, D)). DPG rewards each example
+with its metagradient,
 
     tau_i = d Phi(A(w, D)) / d w_i   at w = 1         (positive: more weight on x_i raises Phi)
 
-and improves the generator by policy gradient, theta <- theta + lr * sum_i tau_i grad log pi(x_i).
+and improves the generator along the policy gradient, sum_i tau_i grad_theta log pi_theta(x_i).
 
 The method is from "Synthetic Data for any Differentiable Target" (Thrush et al., 2026),
 https://arxiv.org/abs/2604.08423v1, whose sections are cited below. The code is written from the
-text of the paper; test_dpg.py holds it against the truth.
+text of the paper; test_dpg.py holds it against finite differences and exact enumeration.
 
     symbol      name here               is                                          shape
     D           examples                token rows, and which tokens are labels     (N, L), (N, L)
@@ -21,22 +22,23 @@ text of the paper; test_dpg.py holds it against the truth.
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
     pi_theta    policy                  the generator, a model with `generate`
-    x_i         Rollouts.tokens         what the policy wrote after its prompt      (N, L_new)
-    G           samples                 rollouts of one prompt, adjacent rows       int
+    x_i         Rollouts.tokens         what the policy wrote; L = L_new + 1        (N, L_new)
+    G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
 
 Departures from the paper; what each costs is said where its code is:
 
  1. One policy update per step, on all rollouts at once: no ratio, no clipping (`dpg_step`).
  2. Losses are divided by the constants B and L: w_i = 0 leaves no trace of x_i (`_loss`).
  3. Rewards are centred in any groups, not only per prompt, or not at all (`advantages`).
- 4. Scaled rewards are divided by their spread alone: they are 1e-4 to 1e-9 (`advantages`).
+ 4. Scaled, they are divided by their standard deviation with no constant added (`advantages`).
  5. On request, a reward for each token (`advantages`).
  6. On request, an entropy bonus and a KL term, as exact sums (`policy_gradient_loss`).
- 7. All rollouts train one target (the paper's cross-group batching; not its ablation of that). A
-    has no second pass over D, no learning-rate schedule, no gradient clipping, no bfloat16.
+ 7. All rollouts train one target, the paper's cross-group batching; its ablation, G targets for
+    the G rollouts of each prompt, is left out. A has one pass, a constant learning rate, no
+    gradient clipping and no bfloat16.
 
-Room 1 is the method, up to Algorithm 1, `dpg_step`: start there. Room 2 is the same in less memory
-and on several processes. Room 3 holds your own models against the truth (`check_target`,
+Room 1 is the method, up to `dpg_step`, which is Algorithm 1. Room 2 is the same in less memory and
+on several processes. Room 3 holds your own models against the truth (`check_target`,
 `check_policy`), and refuses bad input.
 
 Usage (a test runs this):
@@ -108,10 +110,10 @@ class AdamW:
     p <- p - lr * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
 
     With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
-    gradient is 0, and decides what tau can see: at T = 1 a step is about g / sqrt(g^2 + eps_root),
-    so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds nothing to tau.
-    Choose eps_root large against (|grad l_i| / B)^2, one example's share of a minibatch's gradient,
-    squared (demos/estimators.py has the bias for each choice).
+    gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
+    eps_root), so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds
+    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the bias of tau is
+    about 0.05 (demos/estimators.py); the default, the paper's, may be far below that.
     """
 
     lr: float
@@ -182,27 +184,20 @@ def _loss(model, params, examples, weights, B):
     """(1/B) sum_i w_i l_i, with l_i = (1/L) sum_t mask_it * nll_it; or w_it on each nll_it.
 
     B and L = tokens.shape[1] are constants, not counts of what was written, and x_i stands in one
-    summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i, its Phi is a
-    baseline for x_i, and for F = E Phi(A(1, D)), any optimizer and any T,
+    summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i: its Phi is a
+    baseline, of no weight in expectation, for given the prompts the x_i are independent and
+    E grad log pi(x_i) = 0. With F = E Phi(w = 1), any optimizer and any T, exactly
 
-        grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ]   exactly.
+        grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ].
 
-    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: DPG's only bias.
-    It is 0 where Phi is affine in each w_i; with SGD it falls with lr and an example's share 1/B,
-    with AdamW as eps_root grows. (The official code sums micro-batch means: another eps_root.)
+    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: this is the bias
+    of DPG (without what `advantages` may add). It is 0 where Phi(w) is affine in each w_i; relative
+    to tau it falls, with SGD with lr and one example's share 1/B, with AdamW as eps_root grows.
+    (The official code sums micro-batch means, so its eps_root is on another scale.)
     """
-    nll = _nll(model, params, examples)  # (rows, L - 1)
+    nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
     return (w * nll).sum() / (B * examples.tokens.shape[1])
-
-
-def _nll(model, params, examples):
-    """-log p of every label given the tokens before it, 0 where the mask is 0: (N, L - 1)."""
-    # Padding is on the right and the model causal: no label sees it, no attention mask is needed.
-    logits = _logits(model, params, examples.tokens[:, :-1])  # (N, L - 1, V)
-    labels = examples.tokens[:, 1:]
-    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return torch.where(examples.mask[:, 1:] != 0, nll.view_as(labels), 0)
 
 
 def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
@@ -218,8 +213,6 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
 
     return metric
 
-
-# ------------------------------------------------------------------------------- the metagradient
 
 class Attribution(NamedTuple):
     """What `metagradient` returns; all detached."""
@@ -239,9 +232,9 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
     per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1
-    (demos/estimators.py says what for). Method "unroll" is the definition, and the faster one;
-    "replay" (`_replay`, for `microbatch`, `checkpoint_every` and `offload` too) gives the same
-    numbers with less memory, also over the processes of a `group` (`_Processes`).
+    (demos/estimators.py says what for; the sums are then others). Method "unroll" is the
+    definition, and the faster one; "replay" (`_replay`, for `microbatch`, `checkpoint_every` and
+    `offload` too) gives the same numbers with less memory, also over the processes of a `group`.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (where its gradient is 0, so is tau), and for eps_root = 0 where a gradient is
@@ -253,7 +246,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
         tau, phi, params, losses = (_unroll(run, metric) if method == "unroll" else
                                     _replay(run, metric, checkpoint_every, offload))
     _check_tau(run, tau, metric, params)
-    tau = torch.where(examples.mask != 0, tau, 0) if per_token else tau  # where autograd leaves -0
+    tau = torch.where(examples.mask != 0, tau, 0) if per_token else tau  # not -0
     params = {k: p.detach() for k, p in (run.all | params).items()}
     return Attribution(tau, phi.item(), params, torch.stack(losses))
 
@@ -295,9 +288,9 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     `prompts` is a pair (tokens, attention mask), both (P_n, P) and padded on the left, or what a
     tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
     the one of the model's generation config. Temperature 0 takes the most likely token. Each prompt
-    has a random stream of its own, from `seed` and its place, or from its own of a sequence of
-    seeds: what is written for it does not depend on the others, nor on `microbatch`, the rows
-    computed at once. The global random state is not used.
+    has a random stream of its own, from `seed` and its place, or from its entry where `seed` is a
+    sequence: but for rounding what is written for it does not depend on the others, nor on
+    `microbatch`, the rows computed at once (at least one prompt's). No global state is used.
     """
     _check(locals())
     (tokens, mask), written = _pair(prompts), []
@@ -307,7 +300,7 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
         for i, (some, known) in enumerate(_chunks(rows * samples, tokens, mask)):
             noise = _gumbel(temperature, samples, seeds[i * rows:][:rows], tokens.device)
             new = sample(some, attention_mask=known, max_new_tokens=max_new_tokens, do_sample=False,
-                         logits_processor=[noise])[:, tokens.shape[1]:]
+                         logits_processor=[noise])[:, tokens.shape[1]:]  # the largest noisy logit
             written.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=(eos + [0])[0]))
     new = torch.cat(written)  # (N, L_new)
     ended = torch.isin(new, new.new_tensor(eos)).long()
@@ -332,7 +325,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     labels, pi = rollouts.mask != 0, log_pi.exp()
 
-    def mean(x):  # under pi; a token that is never drawn adds 0, not 0 * infinity
+    def expected(x):  # under pi; a token that is never drawn adds 0, not 0 * infinity
         return torch.where(labels, (pi * x.masked_fill(pi == 0, 0)).sum(2), 0)
 
     kl, chosen = None, log_pi.gather(2, rollouts.tokens[..., None])[..., 0]
@@ -341,10 +334,10 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
         _require(log_ref.shape == log_pi.shape, "reference must have the vocabulary of model")
-        kl = mean(log_pi - log_ref)
+        kl = expected(log_pi - log_ref)
     elif not entropy:
         return chosen
-    return TokenLogProbs(chosen, -mean(log_pi) if entropy else None, kl)
+    return TokenLogProbs(chosen, -expected(log_pi) if entropy else None, kl)
 
 
 # ------------------------------------------------------------------------------------ the estimator
@@ -355,20 +348,22 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
 
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
     `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
-    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for s >= t), with which the policy
-    gradient is exact, for no loss that is left sees x_it. A discount below 1 drops what a token
-    does as the context of later ones: it costs bias, and buys less variance.
+    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t). With that
+    difference the policy gradient is exact: the losses left of this row, of s < t, do not see x_it.
+    A discount below 1 counts less, 0 not at all, what a token does to later ones, as their context
+    and by what is written after it: it adds bias, and as a rule lowers the variance.
 
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
     the paper's GRPO does, N / T within an inner minibatch, whose rewards share a level. baseline
     "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those with a
-    label at the same position. tau_j depends on x_i through the run they share, so both cost bias
-    for less variance; where it cannot (T = 1, SGD, Phi linear) "loo" costs none, and "mean", which
-    holds tau_i itself, is (n - 1) / n of it.
+    label at the same position. tau_j depends on x_i through the run they share, so both add bias,
+    and as a rule lower the variance. Where it does not (T = 1, SGD, Phi linear in the parameters)
+    "loo" adds none, and "mean", in which tau_i itself counts, is (n - 1) / n times "loo".
 
-    scale=True divides by the group's standard deviation: a step is as long whatever the unit of
-    Phi, with a bias of order 1/n. A spread as small as rounding counts as zero: where several rows
-    have none, "mean" and "loo" give exactly 0, and so does scale where the whole group has none.
+    scale=True divides by the group's standard deviation about these means: a step is as long
+    whatever the unit of Phi. It adds a bias of order 1/n, and weighs several groups alike. Rewards
+    that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are equal:
+    several equal rows get exactly 0 from "mean" and "loo", a group of them also from scale.
     """
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
@@ -432,12 +427,14 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
              group: "dist.ProcessGroup | None" = None) -> StepResult:
     """One iteration of Algorithm 1: write a dataset, train on it, attribute, improve the writer.
 
-    `encode` makes the target's training rows of what was written: `Rollouts.examples` with a start
-    token where the models share a tokenizer, or text encoded anew (then credit is per example).
-    `reward` maps these to an `Attribution`: `metagradient` with its other arguments bound
-    (functools.partial). `policy` and `policy_optimizer` are changed in place; all else is as in the
-    functions called (`group`: `_Processes`). Each step needs a `seed` of its own. By default
-    rewards, which may be 1e-9, are centred and scaled; without nothing would seem to happen.
+    `encode` makes the target's N training rows of what was written: partial(Rollouts.examples,
+    start=...) where the models share a tokenizer, or text encoded anew, padded on the right to a
+    fixed length (then credit is per example). `reward` makes their `Attribution`:
+    partial(metagradient, target, metric=..., optimizer=...), with per_token=True where a `discount`
+    is given. `policy` and `policy_optimizer` are changed in place; all else is as in the functions
+    called (a `group`, see `_Processes`, is bound in `reward` too). Each step needs a `seed` of its
+    own. Other than in `advantages`, rewards are centred in the whole batch and scaled by default:
+    they may be 1e-9.
     """
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
@@ -635,6 +632,15 @@ def _in_parts(total, size, *columns):
 
 
 # ---------------------------------------------------------------------- models, as pure functions
+
+def _nll(model, params, examples):
+    """-log p of every label given the tokens before it, 0 where the mask is 0: (N, L - 1)."""
+    # Padding is on the right and the model causal: no label sees it, no attention mask is needed.
+    logits = _logits(model, params, examples.tokens[:, :-1])  # (N, L - 1, V)
+    labels = examples.tokens[:, 1:]
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return torch.where(examples.mask[:, 1:] != 0, nll.view_as(labels), 0)
+
 
 def _logits(model, params, tokens):
     """What the model gives, (N, L, V), with these parameters in place of its own."""
