@@ -75,7 +75,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
-Metric = Callable[[Params], Tensor]
+Metric = Callable[[Params], Tensor]  # runs a model by torch.func.functional_call(model, params, x)
 
 
 # ============================================================================= room 1: the method
@@ -112,8 +112,8 @@ class AdamW:
     With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
     gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds
-    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the bias of tau is
-    about 0.05 (demos/estimators.py); the default, the paper's, may be far below that.
+    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the relative bias of
+    tau at T = 1 is about 0.05 (demos/estimators.py); the default, the paper's, may be far below.
     """
 
     lr: float
@@ -153,10 +153,12 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
 
     The N examples are split in order into `steps` minibatches of B = N / steps, one for each step.
     `weights` is w, (N,), or (N, L) for each token; None is all ones. The result is differentiable
-    in w where w requires gradients. The model is not changed: a run starts from its parameters and
-    a new optimizer state; those with requires_grad=False are constants. `microbatch` bounds the
-    rows computed at once. ValueError for arguments that do not fit together, and for a model that
-    draws random numbers (dropout), is in half precision, or has no second derivative.
+    in w where w requires gradients. The model maps token ids to logits (N, L, V), or to an output
+    with .logits, is causal, and computes each row by itself. It is not changed: a run starts from
+    its parameters, of which those with requires_grad=False are constants, and a new optimizer
+    state. `microbatch` bounds the rows computed at once. ValueError for arguments that do not fit
+    together, and for a model, as for a policy below, that draws random numbers (dropout), or is in
+    half precision or has no second derivative.
     """
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
@@ -258,7 +260,8 @@ def _unroll(run, metric):
         losses.append(loss)
     phi = _phi(run, metric, params, losses)
     # The second derivative is taken here: back through every update and every gradient of the run,
-    # to w. The initial parameters are constants: the first step costs no Hessian-vector product.
+    # to w alone. The initial parameters do not depend on w, so the first step needs d g / d w, but
+    # no Hessian-vector product.
     tau, = torch.autograd.grad(phi, run.weights, allow_unused=True, materialize_grads=True)
     return tau, phi, params, losses
 
@@ -460,7 +463,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         (loss * len(part_credit) / len(credit)).backward()
         kl = entropy * math.nan if kl is None else kl
         totals += torch.stack([x.detach().sum() for x in (entropy, kl, part.mask)])
-    _update(policy, policy_optimizer, crew)  # theta <- theta + lr * sum_it A_it grad log pi_it
+    _update(policy, policy_optimizer, crew)  # theta <- theta + lr / N sum_it A_it grad log pi_it
     (totals,) = crew.sum([totals])
     return StepResult(written, attribution, credit, *(totals[:2] / totals[2]).tolist())
 
