@@ -112,8 +112,8 @@ class AdamW:
     With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
     gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds
-    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the relative bias of
-    tau at T = 1 is about 0.05 (demos/estimators.py); the default, the paper's, may be far below.
+    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the relative bias
+    of tau at T = 1 is about 0.05 (demos/estimators.py); the default, the paper's, may be far lower.
     """
 
     lr: float
