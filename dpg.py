@@ -1067,8 +1067,8 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
         _whole(i, 0) for i in (x if isinstance(x, (tuple, list)) else [x]))),
     ("per_token scale offload", "True or False", lambda c, x: isinstance(x, bool)),
     ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
-     lambda c, x: isinstance(x, str) and (x == "replay" or x == "unroll" and not (
-         c.get("offload") or c.get("group") or c.get("checkpoint_every", 1) != 1))),
+     lambda c, x: isinstance(x, str) and (x == "replay" or x == "unroll" and all(c.get(k, d) is d
+         for k, d in (("checkpoint_every", 1), ("offload", False), ("group", None))))),
     ("baseline", '"none", "mean" or "loo"',
      lambda c, x: isinstance(x, str) and x in ("none", "mean", "loo")),
     ("metric encode reward", "a function", lambda c, x: callable(x)),
