@@ -163,20 +163,22 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-    for *_, (params, _) in _train(run, run.start(), range(steps), graph):
+    for *_, (params, _) in _train(run, run.start(), range(steps), "run" if graph else None):
         pass
     return run.all | params
 
 
-def _train(run, z, steps, graph=False):
+def _train(run, z, steps, graph=None):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step; with a graph each is differentiable.
-    g is a derivative itself, so a derivative of what follows is a second one.
+    Yields z, the gradient g, the loss, and z after the step. With graph="run" each can be
+    differentiated; g is a derivative itself, so a derivative of what follows is a second one. With
+    "update" what follows from z and g alone is (`_replay`).
     """
     for k in steps:
-        g, loss = run.gradient(k, z[0], graph)  # of `_loss` of minibatch k
-        with torch.set_grad_enabled(graph):
+        g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
+        z, g = _leaf((z, g)) if graph == "update" else (z, g)
+        with torch.set_grad_enabled(graph is not None):
             after = run.optimizer.update(z[0], g, z[1])
         yield z, g, loss, after
         z = after
@@ -256,7 +258,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 def _unroll(run, metric):
     """The definition: train, look at Phi, differentiate."""
     losses = []
-    for *_, loss, (params, _) in _train(run, run.start(), range(run.T), graph=True):
+    for *_, loss, (params, _) in _train(run, run.start(), range(run.T), graph="run"):
         losses.append(loss)
     phi = _phi(run, metric, params, losses)
     # The second derivative is taken here: back through every update and every gradient of the run,
@@ -487,8 +489,6 @@ class _Run:
         ones = next(iter(self.params.values())).new_ones(examples.tokens.shape[:1 + per_token])
         self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
-        # Whether this process computes a minibatch, all of it, and in one part.
-        self.whole = group is None and len(list(_chunks(microbatch, *self.batches[0]))) == 1
 
     def start(self):
         return self.params, self.optimizer.init(self.params)
@@ -525,19 +525,21 @@ def _replay(run, metric, every, offload):
         adjoint of z_k = (d update / d z)^T adjoint of z_{k+1} + (d g_k / d z)^T adjoint of g_k
 
     Beyond the states memory does not grow with T, nor, with `microbatch` set, with N; each step
-    costs one more forward and backward pass. A state, 3 times the parameters with AdamW, 4 times
-    where a step is several micro-batches, is stored every `every` steps, with offload in host
-    memory; those between cost one more pass: T / every + every states. Held equal to its twin,
+    costs one more forward and backward pass. A state with its g, 4 times the parameters with AdamW,
+    is stored every `every` steps. From 2 on, or with offload, which stores in host memory, what is
+    between is computed again: one more pass, T / every + every states. Held equal to its twin,
     `_unroll`, by test_3 and test_12.
     """
     def moved(tree, device):
         return tree_map_only(Tensor, lambda x: x.detach().to(device), tree)
 
     device, last = run.weights.device, (run.T - 1) // every * every
-    kept, losses, taus = {}, [], []
-    for k, (z, g, loss, after) in enumerate(_train(run, run.start(), range(run.T))):
-        if k % every == 0 or k > last:  # of the last stretch all
-            kept[k] = moved((z, None if run.whole else g), "cpu" if offload else device)
+    starts, kept, losses, taus = {}, {}, [], []  # of stretches; of steps, with the update's graph
+    for k, (z, g, loss, after) in enumerate(_train(run, run.start(), range(run.T), "update")):
+        if k >= last or every == 1 and not offload:
+            kept[k] = z, g, after
+        elif k % every == 0:
+            starts[k] = moved(z, "cpu" if offload else device)
         losses.append(loss)
     params = _leaf(after[0])
     phi = _phi(run, metric, params, losses)
@@ -546,29 +548,21 @@ def _replay(run, metric, every, offload):
     for k in reversed(range(run.T)):
         if k not in kept:  # walk its stretch again
             first = k - k % every
-            again = _train(run, moved(kept[first][0], device), range(first, k))
-            kept.update((j, (after, None)) for j, (*_, after) in enumerate(again, first + 1))
-        tau, adjoint = _back(run, k, *moved(kept.pop(k), device), adjoint)
+            again = _train(run, moved(starts.pop(first), device), range(first, k + 1), "update")
+            kept = {j: (z, g, after) for j, (z, g, _, after) in enumerate(again, first)}
+        tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
     return torch.cat(taus), phi, params, losses
 
 
-def _back(run, k, z, g, adjoint):
+def _back(run, k, z, g, after, adjoint):
     """tau_k, and the adjoint of z_k (nobody needs that of z_0), from the adjoint of z_{k+1}."""
-    (params, state), w = _leaf(z), run.batches[k][2]
-    inputs = _tensors((params, state)) if k else []
-    if run.whole:  # one graph holds the step
-        g, _ = run.gradient(k, params, graph=True)
-        after = run.optimizer.update(params, g, state)
-        tau, *adjoint = _vjp(_tensors(after), [w, *inputs], adjoint)
-        return tau, adjoint
-    g = _leaf(g or run.gradient(k, params)[0])
-    after = run.optimizer.update(params, g, state)
+    params, inputs = (list(z[0].values()), _tensors(z)) if k else ([], [])
     found = _vjp(_tensors(after), [*g.values(), *inputs], adjoint)
     of_g, of_z = found[:len(g)], found[len(g):]
-    parts = run.parts(k, params, graph=True)  # d <gradient, of_g>, a Hessian-vector product
-    tau, *products = _total(_vjp(part[:-1], [w, *(params.values() if k else ())], of_g)
-                             for part in parts)
+    # d <gradient, of_g> / d w_k, and / d params, a Hessian-vector product
+    tau, *products = _total(_vjp(part[:-1], [run.batches[k][2], *params], of_g)
+                            for part in run.parts(k, z[0], graph=True))
     return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
 
 
