@@ -545,6 +545,7 @@ def _replay(run, metric, every, offload):
     phi = _phi(run, metric, params, losses)
     adjoint = [*_vjp([phi], list(params.values()), [torch.ones_like(phi)]),
                *map(torch.zeros_like, _tensors(after[1]))]
+    del z, g, after  # the last step's: `kept` lets go of them in time
     for k in reversed(range(run.T)):
         if k not in kept:  # walk its stretch again
             first = k - k % every
