@@ -447,6 +447,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     attribution = reward(encode(rollouts))  # tau = d Phi(A(w, D)) / d w
+    _require(isinstance(attribution, Attribution), "reward must return an Attribution")
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
     tau = attribution.tau.to(written.mask.device)

@@ -1814,6 +1814,7 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
         plain_step, policy, encode=partial(Rollouts.examples, start=1), samples=1)
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
         refused("tau|mask|discount", step, lambda _: Attribution(tau, 0.0, {}, tau))
+    refused("reward must return", step, lambda _: torch.ones(2))
     next(policy.parameters()).register_hook(lambda g: g * INF)
     refused("gradient of transformer.wte.weight", step, lambda _: Attribution(
         torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)), error=NotFinite)
