@@ -389,8 +389,8 @@ def draw(found, path):
             title="SGD, n = 3: tau and path (median and range of the seeds)")
     for k, n in enumerate(SIZES):
         curve(sizes, "sizes", "bias", ROOTS, f"C{k}", "-", f"bias of tau, n = {n}", n=n)
-        curve(sizes, "sizes", "seen", ROOTS, f"C{k}", ":", f"seen, n = {n}", n=n)
-    sizes.set(title="Adam, T = 1: bias of tau, and the share of a step that it sees")
+        curve(sizes, "sizes", "distance", ROOTS, f"C{k}", ":", f"distance, n = {n}", n=n)
+    sizes.set(title="Adam, T = 1: bias of tau, and its distance from leaving one out")
     for k, name in enumerate(("tau", "midpoint", "path", "influence at theta_0")):
         if name != "influence at theta_0":  # its scale is not Adam's
             curve(adam, "adam", "bias", ROOTS, f"C{k}", "-", f"bias, {name}", estimator=name)
