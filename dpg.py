@@ -10,8 +10,8 @@ with its metagradient,
 and improves the generator along the policy gradient, sum_i tau_i grad_theta log pi_theta(x_i).
 
 The method is from "Synthetic Data for any Differentiable Target" (Thrush et al., 2026),
-https://arxiv.org/abs/2604.08423v1, whose sections are cited below. The code is written from the
-text of the paper; test_dpg.py holds it against finite differences and exact enumeration.
+https://arxiv.org/abs/2604.08423v1, whose sections are cited below. The code is written from that
+text; test_dpg.py holds it against finite differences and exact enumeration.
 
     symbol      name here               is                                          shape
     D           examples                token rows, and which tokens are labels     (N, L), (N, L)
@@ -26,20 +26,17 @@ text of the paper; test_dpg.py holds it against finite differences and exact enu
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
 
 Departures from the paper; what each costs is said where its code is:
-
  1. One policy update per step, on all rollouts at once: no ratio, no clipping (`dpg_step`).
  2. Losses are divided by the constants B and L: w_i = 0 leaves no trace of x_i (`_loss`).
  3. Rewards are centred in any groups, not only per prompt, or not at all (`advantages`).
  4. Scaled, they are divided by their standard deviation with no constant added (`advantages`).
  5. On request, a reward for each token (`advantages`).
  6. On request, an entropy bonus and a KL term, as exact sums (`policy_gradient_loss`).
- 7. All rollouts train one target, the paper's cross-group batching; its ablation, G targets for
-    the G rollouts of each prompt, is left out. A has one pass, a constant learning rate, no
-    gradient clipping and no bfloat16.
+ 7. All rollouts train one target, the paper's cross-group batching; its ablation, G targets, is
+    left out. A has one pass, a constant learning rate, no gradient clipping and no bfloat16.
 
-Room 1 is the method, up to `dpg_step`, which is Algorithm 1. Room 2 is the same in less memory and
-on several processes. Room 3 holds your own models against the truth (`check_target`,
-`check_policy`), and refuses bad input.
+Room 1 is the method, up to `dpg_step`, which is Algorithm 1. Room 2: the same in less memory and on
+several processes. Room 3: checks; of your models (`check_target`, `check_policy`), of arguments.
 
 Usage (a test runs this):
 
@@ -47,13 +44,11 @@ Usage (a test runs this):
     >>> _ = torch.manual_seed(0)
     >>> target = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.Linear(8, 5)).double()
     >>> D = dpg.Examples(torch.tensor([[0, 1, 2], [0, 3, 4]]), torch.tensor([[0, 1, 1], [0, 1, 1]]))
-    >>> wanted = dpg.Examples(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]))
-    >>> phi = dpg.lm_metric(target, wanted)
+    >>> phi = dpg.lm_metric(target, dpg.Examples(D.tokens[:1], D.mask[:1]))  # know the first row
     >>> dpg.check_target(target, D, phi, dpg.SGD(lr=0.1)) < 1e-6
     True
-    >>> tau = dpg.metagradient(target, D, phi, dpg.SGD(lr=0.1)).tau
-    >>> tau.tolist()[0] > 0 > tau.tolist()[1]
-    True
+    >>> (dpg.metagradient(target, D, phi, dpg.SGD(lr=0.1)).tau > 0).tolist()
+    [True, False]
 """
 
 import contextlib
@@ -76,6 +71,7 @@ from torch.utils.checkpoint import checkpoint
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
 Metric = Callable[[Params], Tensor]  # runs a model by torch.func.functional_call(model, params, x)
+Optimizer = object  # SGD, AdamW, or one of your own with such an `init` and `update`
 
 
 # ============================================================================= room 1: the method
@@ -142,11 +138,6 @@ class AdamW:
         return new, {"step": t, "m": m, "v": v}
 
 
-Optimizer = SGD | AdamW  # or an object of your own with such an `init` and `update`
-
-
-# ------------------------------------------------------------------- the learning algorithm A(w, D)
-
 def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
         weights: Tensor | None = None, steps: int = 1, microbatch: int | None = None) -> Params:
     """A(w, D), section 3.1: the parameters after one pass of supervised fine-tuning, as a dict.
@@ -154,10 +145,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     The N examples are split in order into `steps` minibatches of B = N / steps, one for each step.
     `weights` is w, (N,), or (N, L) for each token; None is all ones. The result is differentiable
     in w where w requires gradients. The model maps token ids to logits (N, L, V), or to an output
-    with .logits, is causal, and computes each row by itself. It is not changed: a run starts from
-    its parameters, of which those with requires_grad=False are constants, and a new optimizer
-    state. `microbatch` bounds the rows computed at once. ValueError for arguments that do not fit
-    together, and for a model, as for a policy below, that draws random numbers (dropout), or is in
+    with .logits, is causal, and computes each row by itself. It is not changed; its parameters with
+    requires_grad=False are constants. `microbatch` bounds the rows computed at once. ValueError for
+    arguments that do not fit together, and for a model that draws random numbers (dropout), is in
     half precision or has no second derivative.
     """
     _check(locals())
@@ -197,7 +187,6 @@ def _loss(model, params, examples, weights, B):
     tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: this is the bias
     of DPG (without what `advantages` may add). It is 0 where Phi(w) is affine in each w_i; relative
     to tau it falls, with SGD with lr and one example's share 1/B, with AdamW as eps_root grows.
-    (The official code sums micro-batch means, so its eps_root is on another scale.)
     """
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
@@ -206,14 +195,15 @@ def _loss(model, params, examples, weights, B):
 
 def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
     """A metric: the mean log-likelihood per label token of `examples`, in nats (sections 4.4, 4.5).
-    With `microbatch` the logits exist for so many rows at a time, and again in the backward pass.
-    """
+    `microbatch` bounds the rows whose logits exist at once."""
     _check(locals())
 
     def metric(params: Params) -> Tensor:
-        def total(*part):
-            return -_nll(model, params, Examples(*part)).sum()
-        return _in_parts(total, microbatch, *examples) / examples.mask.count_nonzero()
+        def nll(*part):
+            return _nll(model, params, Examples(*part)).sum()
+        again = functools.partial(checkpoint, nll, use_reentrant=False) if microbatch else nll
+        total = sum(again(*part) for part in _chunks(microbatch, *examples))
+        return -total / examples.mask.count_nonzero()
 
     return metric
 
@@ -236,9 +226,9 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 
     With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
     per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1
-    (demos/estimators.py says what for; the sums are then others). Method "unroll" is the
-    definition, and the faster one; "replay" (`_replay`, for `microbatch`, `checkpoint_every` and
-    `offload` too) gives the same numbers with less memory, also over the processes of a `group`.
+    (demos/estimators.py says what for). Method "unroll" is the definition, and the faster one;
+    "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and `group`)
+    gives the same numbers with less memory.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (where its gradient is 0, so is tau), and for eps_root = 0 where a gradient is
@@ -249,10 +239,8 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
         run = _Run(model, examples, optimizer, _leaf(weights), steps, microbatch, group, per_token)
         tau, phi, params, losses = (_unroll(run, metric) if method == "unroll" else
                                     _replay(run, metric, checkpoint_every, offload))
-    _check_tau(run, tau, metric, params)
-    tau = torch.where(examples.mask != 0, tau, 0) if per_token else tau  # not -0
-    params = {k: p.detach() for k, p in (run.all | params).items()}
-    return Attribution(tau, phi.item(), params, torch.stack(losses))
+    _check_tau(run, tau)
+    return Attribution(tau, phi.item(), _leaf(run.all | params, False), torch.stack(losses))
 
 
 def _unroll(run, metric):
@@ -260,15 +248,13 @@ def _unroll(run, metric):
     losses = []
     for *_, loss, (params, _) in _train(run, run.start(), range(run.T), graph="run"):
         losses.append(loss)
-    phi = _phi(run, metric, params, losses)
+    phi, adjoint = _phi(run, metric, params, losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
     # to w alone. The initial parameters do not depend on w, so the first step needs d g / d w, but
     # no Hessian-vector product.
-    tau, = torch.autograd.grad(phi, run.weights, allow_unused=True, materialize_grads=True)
+    tau, = _vjp(params.values(), [run.weights], adjoint)  # (d params / d w)^T adjoint
     return tau, phi, params, losses
 
-
-# ------------------------------------------------------------------------ the generator policy pi
 
 class Rollouts(NamedTuple):
     """What a policy wrote. N = prompts x samples rows; the samples of one prompt are adjacent."""
@@ -294,9 +280,8 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
     the one of the model's generation config. Temperature 0 takes the most likely token. Each prompt
     has a random stream of its own, from `seed` and its place, or from its entry where `seed` is a
-    sequence: but for rounding what is written for it does not depend on the others, nor on
-    `microbatch`, the rows computed at once (at least one prompt's). No global state is used.
-    """
+    sequence: but for rounding what is written for it depends neither on the others nor on
+    `microbatch`, the rows computed at once (at least one prompt's). No global state is used."""
     _check(locals())
     (tokens, mask), written = _pair(prompts), []
     seeds, rows = _seeds(seed, len(tokens)), max(1, (microbatch or 2**63) // samples)
@@ -324,8 +309,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
                     entropy: bool = False, reference: nn.Module | None = None):
     """log pi_theta(x_it | prompt, x_i<t), (N, L_new), 0 where the mask is 0; differentiable.
     With entropy=True or a reference model a `TokenLogProbs`, whose entropy and KL are exact sums
-    over the vocabulary, not estimates from the sampled token.
-    """
+    over the vocabulary."""
     _check(locals())
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     labels, pi = rollouts.mask != 0, log_pi.exp()
@@ -345,18 +329,16 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     return TokenLogProbs(chosen, -expected(log_pi) if entropy else None, kl)
 
 
-# ------------------------------------------------------------------------------------ the estimator
-
 def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, baseline: str = "none",
                scale: bool = False, discount: float | None = None) -> Tensor:
     """Rewards to advantages, same shape as tau.
 
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
     `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
-    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t). With that
-    difference the policy gradient is exact: the losses left of this row, of s < t, do not see x_it.
-    A discount below 1 counts less, 0 not at all, what a token does to later ones, as their context
-    and by what is written after it: it adds bias, and as a rule lowers the variance.
+    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t), with which the
+    policy gradient is exact: the losses left of this row, of s < t, do not see x_it. A discount
+    below 1 counts less, 0 not at all, what a token does to later ones, as their context and by
+    what is written after it: it adds bias, and as a rule lowers the variance.
 
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
     the paper's GRPO does, N / T within an inner minibatch, whose rewards share a level. baseline
@@ -368,8 +350,7 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     scale=True divides by the group's standard deviation about these means: a step is as long
     whatever the unit of Phi. It adds a bias of order 1/n, and weighs several groups alike. Rewards
     that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are equal:
-    several equal rows get exactly 0 from "mean" and "loo", a group of them also from scale.
-    """
+    several equal rows get exactly 0 from "mean" and "loo", a group of them also from scale."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -402,8 +383,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). A token count in a denominator
     would favour some lengths. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N) sum_it KL_it, from
     `token_log_probs`, change the objective, not the estimator of Phi; how theta changes which
-    positions are visited is left out of their gradient, as is common.
-    """
+    positions are visited is left out of their gradient, as is common."""
     _check(locals())
     terms = -advantages.detach().view(len(log_probs), -1) * log_probs
     if entropy_coef:
@@ -437,10 +417,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     fixed length (then credit is per example). `reward` makes their `Attribution`:
     partial(metagradient, target, metric=..., optimizer=...), with per_token=True where a `discount`
     is given. `policy` and `policy_optimizer` are changed in place; all else is as in the functions
-    called (a `group`, see `_Processes`, is bound in `reward` too). Each step needs a `seed` of its
-    own. Other than in `advantages`, rewards are centred in the whole batch and scaled by default:
-    they may be 1e-9.
-    """
+    called, but that rewards, which may be 1e-9, are centred in the whole batch and scaled by
+    default. Each step needs a `seed` of its own; of a `group` tells `_Processes`."""
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
@@ -472,7 +450,6 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
 
 
 # =============================================================================== room 2: the scale
-# ----------------------------------------------------------------- the same run in pieces, replayed
 
 class _Run:
     """One run of A: its minibatches with their weights, and the derivatives of their losses.
@@ -490,6 +467,7 @@ class _Run:
         ones = next(iter(self.params.values())).new_ones(examples.tokens.shape[:1 + per_token])
         self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
+        self.reached = set()  # names of the parameters that a loss depends on
 
     def start(self):
         return self.params, self.optimizer.init(self.params)
@@ -505,8 +483,9 @@ class _Run:
             for *part, w in _chunks(self.microbatch, *self.batches[k]):
                 loss = _loss(self.model, self.all | params, Examples(*part), w, B)
                 grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
-                                            allow_unused=True, materialize_grads=True)
-                yield [*grads, loss.detach()]
+                                            allow_unused=True)
+                self.reached |= {k for k, g in zip(params, grads) if g is not None}
+                yield [*_zeros(grads, params.values()), loss.detach()]
 
     def gradient(self, k, params, graph=False):
         """d loss_k / d params, and loss_k; with a graph it can be differentiated in both."""
@@ -531,26 +510,23 @@ def _replay(run, metric, every, offload):
     between is computed again: one more pass, T / every + every states. Held equal to its twin,
     `_unroll`, by test_3 and test_12.
     """
-    def moved(tree, device):
-        return tree_map_only(Tensor, lambda x: x.detach().to(device), tree)
-
     device, last = run.weights.device, (run.T - 1) // every * every
     starts, kept, losses, taus = {}, {}, [], []  # of stretches; of steps, with the update's graph
     for k, (z, g, loss, after) in enumerate(_train(run, run.start(), range(run.T), "update")):
         if k >= last or every == 1 and not offload:
             kept[k] = z, g, after
         elif k % every == 0:
-            starts[k] = moved(z, "cpu" if offload else device)
+            starts[k] = _leaf(z, False, "cpu" if offload else device)
         losses.append(loss)
     params = _leaf(after[0])
-    phi = _phi(run, metric, params, losses)
-    adjoint = [*_vjp([phi], list(params.values()), [torch.ones_like(phi)]),
-               *map(torch.zeros_like, _tensors(after[1]))]
+    phi, adjoint = _phi(run, metric, params, losses)
+    adjoint += map(torch.zeros_like, _tensors(after[1]))
     del z, g, after  # the last step's: `kept` lets go of them in time
     for k in reversed(range(run.T)):
         if k not in kept:  # walk its stretch again
             first = k - k % every
-            again = _train(run, moved(starts.pop(first), device), range(first, k + 1), "update")
+            z = _leaf(starts.pop(first), False, device)
+            again = _train(run, z, range(first, k + 1), "update")
             kept = {j: (z, g, after) for j, (z, g, _, after) in enumerate(again, first)}
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
@@ -597,20 +573,26 @@ def _vjp(outputs, inputs, adjoints):
                                allow_unused=True, materialize_grads=True)
 
 
+def _zeros(grads, likes):
+    """Gradients with 0 for None, which autograd gives for what is not reached."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+
+
 def _total(lists):
     """The sum of lists of tensors, entry by entry; one list at a time is held."""
     return functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], lists)
 
 
-def _leaf(tree):
+def _leaf(tree, requires_grad=True, device=None):
     """The same nest of dicts, tuples and lists, each tensor a new leaf of the graph."""
-    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), tree)
+    return tree_map_only(
+        Tensor, lambda x: x.detach().to(device).requires_grad_(requires_grad), tree)
 
 
 def _tensors(tree):
     leaves = [x for x in tree_leaves(tree) if not isinstance(x, (int, float, str, type(None)))]
-    _require(all(isinstance(x, Tensor) for x in leaves),
-             "optimizer: its state must be made of tensors and numbers in dicts, tuples and lists")
+    _require(all(isinstance(x, Tensor) for x in leaves), "optimizer: its state must be made of "
+             "tensors and numbers in dicts, tuples and lists")
     return leaves
 
 
@@ -621,16 +603,6 @@ def _chunks(size, *columns):
     size = size or (max(1, 2048 // length) if columns[0].device.type == "cpu" else n)
     return (tuple(x[first:first + size] for x in columns) for first in range(0, n, size))
 
-
-def _in_parts(total, size, *columns):
-    """total(*columns); given a size, so many rows at a time, and again in the backward pass."""
-    if size is None:
-        return total(*columns)
-    return sum(checkpoint(total, *part, use_reentrant=False, preserve_rng_state=False)
-               for part in _chunks(size, *columns))
-
-
-# ---------------------------------------------------------------------- models, as pure functions
 
 def _nll(model, params, examples):
     """-log p of every label given the tokens before it, 0 where the mask is 0: (N, L - 1)."""
@@ -688,13 +660,14 @@ def _pure(model):
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         return [torch.get_rng_state(), *cuda], [b._version for b in model.buffers()]
 
-    draws, buffers = state()
+    (draws, buffers), name = state(), type(model).__name__
     yield
-    (after, now), why = state(), "changes its buffers (batch normalization?)"
-    if not all(map(torch.equal, draws, after)):
+    drawn, changed = state()
+    if not all(map(torch.equal, draws, drawn)):
         torch.set_rng_state(draws[0])
-        now, why = None, "draws random numbers (dropout?)"
-    _require(now == buffers, f"model: {type(model).__name__} {why}; call model.eval()")
+        raise ValueError(f"model: {name} draws random numbers (dropout?); call model.eval()")
+    _require(changed == buffers, f"model: {name} changes its buffers (batch normalization?); call "
+             "model.eval()")
 
 
 @contextlib.contextmanager
@@ -742,8 +715,6 @@ def _gumbel(temperature, samples, seeds, device):
 
     return perturbed
 
-
-# ------------------------------------------------------------------------------ several processes
 
 class _Processes:
     """The K processes of a `group`; without one every method gives back what it is given.
@@ -805,7 +776,6 @@ def _update(policy, optimizer, crew):
 
 
 # ============================================================================== room 3: the checks
-# --------------------------------------------------------------- your own models against the truth
 
 def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
                  steps: int = 1, per_token: bool = False, method: str = "unroll",
@@ -895,14 +865,12 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
     return worst
 
 
-# ------------------------------------------------------------------------------------- the results
-
 class NotFinite(FloatingPointError, ValueError):
     """NaN or infinity arose in a run. The message names where, and the likely cause."""
 
 
 def _phi(run, metric, params, losses):
-    """Phi(A(w, D)), after a run whose losses are finite."""
+    """Phi(A(w, D)) and d Phi / d parameters, after a run whose losses are finite."""
     for step, loss in enumerate(losses):
         why = "it diverged; lower lr" if step else "the model itself gives no finite loss"
         _require(loss.isfinite(), f"the loss of step {step} of the inner run is {loss.item()}: "
@@ -912,31 +880,26 @@ def _phi(run, metric, params, losses):
              f"metric must return one number that depends on the parameters; got {_short(phi)}")
     _require(phi.isfinite(), f"metric is {phi.item()} after the last step of the inner run; is it "
              "defined for these parameters? Otherwise lower lr", NotFinite)
-    return phi.reshape(())
+    adjoint = torch.autograd.grad(phi.sum(), list(params.values()), allow_unused=True)
+    reads = {k for k, a in zip(params, adjoint) if a is not None}
+    _require(any(run.crew.everyones(bool(reads & run.reached))),
+             "metric does not depend on any parameter that training on the examples changes")
+    return phi.detach(), _zeros(adjoint, params.values())
 
 
-def _check_tau(run, tau, metric, params):
-    """That tau is finite; and where it is exactly 0, whether Phi is flat there, or blind."""
-    for rank, rows in enumerate(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist())):
-        for row in rows:
-            step = row * run.T // len(tau)
-            raise NotFinite(f"tau of example {row} (process {rank}), in step {step} of the inner "
-                            "run, is not finite, it overflows: lower lr or raise eps_root")
-    if not any(run.crew.everyones(bool(tau.any()))):
-        leaf = _leaf(params)
-        loss = sum(_nll(run.model, run.all | leaf, Examples(*b[:2])).sum() for b in run.batches)
-        reads, moves = (torch.autograd.grad(x, list(leaf.values()), allow_unused=True)
-                        for x in (metric(run.all | leaf), loss))
-        both = any(a is not None and b is not None for a, b in zip(reads, moves))
-        _require(any(run.crew.everyones(both)),
-                 "metric does not depend on any parameter that training on the examples changes")
+def _check_tau(run, tau):
+    bad = sum(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist()), [])
+    _require(not bad, f"tau of example {bad} is not finite, it overflows in the inner run: lower "
+             "lr or raise eps_root", NotFinite)
 
-
-# --------------------------------------------------------------------------------------- arguments
 
 def _require(condition, message, error=ValueError):
     if not condition:
         raise error(message)
+
+
+def _short(x):
+    return str(tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)}", x))[:100]
 
 
 def _check(given):
@@ -944,94 +907,89 @@ def _check(given):
     call = _Call(given)
     for name, x in given.items():
         what, right, optional = _RULES[name]
-        if not (x is None and optional or right(call, x)):
+        try:
+            fits, why = x is None and optional or right(call, x), None
+        except Exception as error:  # a rule that x breaks by its type is not met
+            fits, why = False, error
+        if not fits:
             sizes = "".join(f", {c} = {n}" for c, n in call.items() if c[0].isupper())
-            raise ValueError(f"{name} must be {what}; got {_short(x)}{sizes}")
-
-
-def _short(x):
-    return str(tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)}", x))[:100]
+            raise ValueError(f"{name} must be {what}; got {_short(x)}{sizes}") from why
 
 
 def _pair(prompts):
     """Token ids and attention mask, from a pair or by the tokenizer's names."""
-    if isinstance(prompts, Mapping) and {"input_ids", "attention_mask"} <= prompts.keys():
-        return prompts["input_ids"], prompts["attention_mask"]
-    return tuple(prompts) if isinstance(prompts, (tuple, list)) and len(prompts) == 2 else (0, 0)
+    named = isinstance(prompts, Mapping)
+    return (prompts["input_ids"], prompts["attention_mask"]) if named else tuple(prompts)
 
 
-def _number(x, low=0, high=1e18, kind=(int, float)):
-    return isinstance(x, kind) and not isinstance(x, bool) and low <= x < high
+def _real(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18
 
 
-def _whole(x, low, high=2**31):
-    return _number(x, low, high, int)
+def _whole(x, low=0, high=2**31):
+    return isinstance(x, int) and not isinstance(x, bool) and low <= x < high
 
 
 class _Call(dict):
     """The arguments of a call, and the sizes of its shapes: a letter has one value in a call."""
 
-    def like(self, x, shapes, kind="finite"):
-        """Whether x is a tensor of such values, in one of the shapes, as "N or N L"."""
-        if not isinstance(x, Tensor) or not any(len(letters) == x.ndim and all(
-                self.setdefault(c, n) == n > 0 for c, n in zip(letters, x.shape))
-                for letters in map(str.split, shapes.split(" or "))):
-            return False
-        if kind == "finite":
-            return x.is_floating_point() and bool(x.isfinite().all())
-        if kind == "ids":
-            return x.dtype == torch.int64
-        binary = not x.is_complex() and bool(((x == 0) | (x == 1)).all())
-        return binary and (x.ndim == 1 or bool(x.any(1).all()))
+    def fits(self, x, shapes):
+        """Whether x has one of the shapes, as "N or N L"."""
+        return any(len(names) == x.ndim and all(
+            self.setdefault(c, n) == n > 0 for c, n in zip(names, x.shape))
+            for names in map(str.split, shapes.split(" or ")))
+
+    def finite(self, x, shapes):
+        return self.fits(x, shapes) and x.is_floating_point() and x.isfinite().all()
+
+    def mask(self, x, shapes):
+        return (self.fits(x, shapes) and ((x == 0) | (x == 1)).all()
+                and (x.ndim == 1 or x.any(1).all()))
 
     def texts(self, tokens, mask, shape):
         """Whether the model knows the tokens: a GPU would only abort."""
-        if not (self.like(tokens, shape, "ids") and self.like(mask, shape, "mask")):
-            return False
         model = self.get("model", self.get("policy"))
-        sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-        size = getattr(getattr(model, "config", None), "vocab_size", max(sizes, default=math.inf))
-        return (tokens.device == mask.device == next(model.parameters()).device
-                and 0 <= tokens.min() and tokens.max() < size)
-
-    def places(self, n):
-        config = getattr(self.get("model", self.get("policy")), "config", None)
-        return n <= getattr(config, "max_position_embeddings", math.inf)
+        config = getattr(model, "config", None)
+        tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+        self.places = getattr(config, "max_position_embeddings", math.inf)
+        return (self.fits(tokens, shape) and self.mask(mask, shape) and tokens.dtype == torch.int64
+                and tokens.device == mask.device == next(model.parameters()).device
+                and 0 <= tokens.min()
+                and tokens.max() < getattr(config, "vocab_size", max(tables, default=math.inf)))
 
     def prompts(self, x, rows="P_n"):
         tokens, mask = _pair(x)
-        return (self.texts(tokens, mask, f"{rows} P") and (mask[:, -1] == 1).all()
+        return (self.texts(tokens, mask, f"{rows} P") and mask[:, -1].all()
                 and (mask.long().diff(dim=1) >= 0).all())
 
     def rollouts(self, x):
-        return (isinstance(x, Rollouts) and self.prompts(x[:2], "N") and self.texts(
-            *x[2:], "N L_new") and self.places(self["P"] + self["L_new"] - 1))
+        return (isinstance(x, Rollouts) and self.prompts(x[:2], "N")
+                and self.texts(*x[2:], "N L_new") and self["P"] + self["L_new"] - 1 <= self.places)
 
     def examples(self, x):
-        if not (isinstance(x, Examples) and self.texts(*x, "N L") and self.places(self["L"] - 1)
-                and not x.mask[:, 0].any()):
-            return False
         # torch drops the gradient of an embedding's padding_idx. Where the head has the same weight
         # that row moves all the same, and tau would miss what it does as an input.
         owners = [id(p) for _, p in self["model"].named_parameters(remove_duplicate=False)]
         inputs = x.tokens[:, :-1][(x.mask[:, 1:].flip(1).cumsum(1) > 0).flip(1)]
-        return not any(owners.count(id(m.weight)) > 1 and (inputs == m.padding_idx).any()
-                       for m in self["model"].modules()
-                       if isinstance(m, nn.Embedding) and m.padding_idx is not None)
+        return (isinstance(x, Examples) and self.texts(*x, "N L") and self["L"] - 1 <= self.places
+                and not x.mask[:, 0].any() and not any(
+                    owners.count(id(m.weight)) > 1 and (inputs == m.padding_idx).any()
+                    for m in self["model"].modules()
+                    if isinstance(m, nn.Embedding) and m.padding_idx is not None))
 
     def model(self, x):
-        dtypes = {p.dtype for p in x.parameters()} if isinstance(x, nn.Module) else set()
-        if "examples" not in self:
-            return bool(dtypes) and hasattr(x, "generation_config")
-        kernel = getattr(getattr(x, "config", None), "_attn_implementation", None)
-        return (set() < dtypes <= {torch.float32, torch.float64}
-                and kernel in (None, "eager", "sdpa") and not torch.is_inference_mode_enabled()
-                and not torch.is_autocast_enabled(next(x.parameters()).device.type))
+        kinds, config = {p.dtype for p in x.parameters()}, getattr(x, "config", None)
+        if "examples" not in self:  # a policy
+            return kinds and hasattr(x, "generation_config")
+        return (kinds and kinds <= {torch.float32, torch.float64}
+                and getattr(config, "_attn_implementation", None) in (None, "eager", "sdpa")
+                and not torch.is_autocast_enabled(next(x.parameters()).device.type)
+                and not torch.is_inference_mode_enabled())
 
     def discount(self, x):
         per_token = getattr(self.get("reward"), "keywords", {}).get("per_token")  # of a partial
         per_token = self["tau"].ndim == 2 if "tau" in self else per_token
-        return (x is None or _number(x) and x <= 1) and per_token in (None, x is not None)
+        return (x is None or _real(x) and 0 <= x <= 1) and per_token in (None, x is not None)
 
     def group(self, x):
         crew, shape = _Processes(x), (self.get("N"), self.get("L"))
@@ -1039,46 +997,44 @@ class _Call(dict):
 
 
 _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in the call c
-    ("lr tolerance", "a finite number above 0", lambda c, x: _number(x) and x > 0),
-    ("eps eps_root weight_decay", "a finite number, at least 0", lambda c, x: _number(x)),
-    ("betas", "two numbers in [0, 1)", lambda c, x: isinstance(x, (tuple, list)) and len(x) == 2
-     and all(_number(beta, 0, 1) for beta in x)),
-    ("temperature", "a finite number above 0 (in `generate` 0 too)",
-     lambda c, x: _number(x) and (x > 0 or "eos_token_id" in c)),
-    ("entropy_coef", "a finite number, at least 0, and 0 without entropy",
-     lambda c, x: _number(x) and (x == 0 or c.get("entropy", 0) is not None)),
-    ("kl_coef", "a finite number, at least 0, and 0 without kl or a reference",
-     lambda c, x: _number(x) and (x == 0 or c.get("kl", c.get("reference")) is not None)),
+    ("lr tolerance", "a number above 0", lambda c, x: _real(x) and x > 0),
+    ("eps eps_root weight_decay", "a number, at least 0", lambda c, x: _real(x) and x >= 0),
+    ("betas", "two numbers in [0, 1)",
+     lambda c, x: len(x) == 2 and all(_real(beta) and 0 <= beta < 1 for beta in x)),
+    ("temperature", "a number above 0 (in `generate` 0 too)",
+     lambda c, x: _real(x) and (x > 0 or x == 0 and "eos_token_id" in c)),
+    ("entropy_coef", "a number, at least 0, and 0 without entropy",
+     lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("entropy", 0) is not None)),
+    ("kl_coef", "a number, at least 0, and 0 without kl or a reference",
+     lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("kl", c.get("reference")) is not None)),
     ("discount", "in [0, 1] where tau is per token, None where it is per example", _Call.discount),
     ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
     ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
      and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
     ("max_new_tokens", "a whole number above 0, within the model's places",
-     lambda c, x: _whole(x, 1) and c.places(c["P"] + x - 1)),
-    ("seed", "a whole number, or one of 63 bits for each prompt", lambda c, x: (
-        len(x) == c.get("P_n") and all(_whole(each, 0, 2**63) for each in x)
-        if isinstance(x, (tuple, list)) else _whole(x, -math.inf, math.inf))),
-    ("start", "a token id", lambda c, x: _whole(x, 0)),
-    ("eos_token_id?", "a token id, or several", lambda c, x: all(
-        _whole(i, 0) for i in (x if isinstance(x, (tuple, list)) else [x]))),
+     lambda c, x: _whole(x, 1) and c["P"] + x - 1 <= c.places),
+    ("seed", "a whole number, or one of 63 bits for each prompt", lambda c, x:
+     all(_whole(s, 0, 2**63) for s in x) and len(x) == c["P_n"] if isinstance(x, (list, tuple))
+     else _whole(x, -math.inf, math.inf)),
+    ("start", "a token id", lambda c, x: _whole(x)),
+    ("eos_token_id?", "a token id, or several", lambda c, x:
+     all(map(_whole, x if isinstance(x, (list, tuple)) else [x]))),
     ("per_token scale offload", "True or False", lambda c, x: isinstance(x, bool)),
     ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
-     lambda c, x: isinstance(x, str) and (x == "replay" or x == "unroll" and all(c.get(k, d) is d
-         for k, d in (("checkpoint_every", 1), ("offload", False), ("group", None))))),
-    ("baseline", '"none", "mean" or "loo"',
-     lambda c, x: isinstance(x, str) and x in ("none", "mean", "loo")),
+     lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
+     and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
+    ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
     ("metric encode reward", "a function", lambda c, x: callable(x)),
-    ("optimizer", "SGD, AdamW, or have their init and update",
-     lambda c, x: hasattr(x, "init") and hasattr(x, "update")),
+    ("optimizer", "SGD, AdamW, or have their init and update", lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters", lambda c, x:
-     hasattr(x, "param_groups") and {id(p) for part in x.param_groups for p in part["params"]}
+     {id(p) for part in x.param_groups for p in part["params"]}
      <= {id(p) for p in c["policy"].parameters()}),
     ("model", "a torch.nn.Module: a policy with transformers' generate; a target in float32 or "
      'float64, its attn_implementation "sdpa" or "eager", outside of torch.autocast and '
      "torch.inference_mode", _Call.model),
     ("policy reference?", "a model with transformers' generate", _Call.model),
     ("group?", "a process group: examples of one shape on all its processes, a number of prompts "
-     "that it divides", lambda c, x: hasattr(x, "rank") and c.group(x)),
+     "that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"
      " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there); no "
      "input the padding_idx of an embedding tied to the head (set it to None)", _Call.examples),
@@ -1087,12 +1043,12 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("rollouts", "Rollouts: prompts padded on the left, int64 tokens in the model's vocabulary and "
      "places, a mask of 0 and 1 with a label in each row", _Call.rollouts),
     ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
-     lambda c, x: c.like(x, "N L_new" if "L_new" in c else "N L_new or N", "mask")),
-    ("tau advantages", "finite, (N or N L_new)", lambda c, x: c.like(x, "N or N L_new")),
-    ("log_probs kl?", "finite, (N L_new)", lambda c, x: c.like(x, "N L_new")),
+     lambda c, x: c.mask(x, "N L_new" if "L_new" in c else "N L_new or N")),
+    ("tau advantages", "finite, (N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),
+    ("log_probs kl?", "finite, (N L_new)", lambda c, x: c.finite(x, "N L_new")),
     ("entropy", "finite, (N L_new), or None (in `token_log_probs` True or False)", lambda c, x:
-     isinstance(x, bool) if "rollouts" in c else x is None or c.like(x, "N L_new")),
-    ("weights?", "finite, in float32 or float64, (N or N L), in tau's shape", lambda c, x: c.like(
+     isinstance(x, bool) if "rollouts" in c else x is None or c.finite(x, "N L_new")),
+    ("weights?", "finite, in float32 or float64, (N or N L), in tau's shape", lambda c, x: c.finite(
         x, {True: "N L", None: "N or N L"}.get(c.get("per_token"), "N")) and x.element_size() > 2),
 ]
 _RULES = {name.strip("?"): (what + ", or None" * ("?" in name), right, "?" in name)
