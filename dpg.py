@@ -65,6 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -122,7 +123,7 @@ class AdamW:
         _check(vars(self))
 
     def init(self, params: Params) -> dict:
-        return {"step": 0} | {s: {k: torch.zeros_like(p) for k, p in params.items()} for s in "mv"}
+        return {"step": 0} | {s: {k: _nothing(p) for k, p in params.items()} for s in "mv"}
 
     def update(self, params: Params, grads: Params, state: dict) -> tuple[Params, dict]:
         (b1, b2), t = self.betas, state["step"] + 1
@@ -148,13 +149,13 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     with .logits, is causal, and computes each row by itself. It is not changed; its parameters with
     requires_grad=False are constants. `microbatch` bounds the rows computed at once. ValueError for
     arguments that do not fit together, and for a model that draws random numbers (dropout), is in
-    half precision or has no second derivative.
-    """
+    half precision or has no second derivative."""
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-    for *_, (params, _) in _train(run, run.start(), range(steps), "run" if graph else None):
-        pass
+    with _full_precision():
+        for *_, (params, _) in _train(run, run.start(), range(steps), "run" if graph else None):
+            pass
     return run.all | params
 
 
@@ -235,7 +236,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     exactly 0; `NotFinite` for losses, Phi or tau not finite.
     """
     _check(locals())
-    with torch.enable_grad():
+    with torch.enable_grad(), _full_precision():
         run = _Run(model, examples, optimizer, _leaf(weights), steps, microbatch, group, per_token)
         tau, phi, params, losses = (_unroll(run, metric) if method == "unroll" else
                                     _replay(run, metric, checkpoint_every, offload))
@@ -520,7 +521,7 @@ def _replay(run, metric, every, offload):
         losses.append(loss)
     params = _leaf(after[0])
     phi, adjoint = _phi(run, metric, params, losses)
-    adjoint += map(torch.zeros_like, _tensors(after[1]))
+    adjoint += map(_nothing, _tensors(after[1]))
     del z, g, after  # the last step's: `kept` lets go of them in time
     for k in reversed(range(run.T)):
         if k not in kept:  # walk its stretch again
@@ -538,10 +539,34 @@ def _back(run, k, z, g, after, adjoint):
     params, inputs = (list(z[0].values()), _tensors(z)) if k else ([], [])
     found = _vjp(_tensors(after), [*g.values(), *inputs], adjoint)
     of_g, of_z = found[:len(g)], found[len(g):]
+    tau = None if k else _tangents(run, z[0], g, of_g)
+    if tau is not None:
+        return tau, []
     # d <gradient, of_g> / d w_k, and / d params, a Hessian-vector product
     tau, *products = _total(_vjp(part[:-1], [run.batches[k][2], *params], of_g)
                             for part in run.parts(k, z[0], graph=True))
     return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
+
+
+def _tangents(run, params, g, of_g):
+    """tau_0 by one forward-mode pass: <g, of_g> is linear in w, its derivative by w_it the tangent
+    of nll_it along of_g, over B L. None where a layer has no forward derivative, or another one than
+    backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>. Held equal by test_15."""
+    tokens, _, w = run.batches[0]
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = run.all | {k: forward_ad.make_dual(params[k], a) for k, a in zip(g, of_g)}
+            tau = [forward_ad.unpack_dual(_nll(run.model, duals, Examples(*part))).tangent
+                   for *part, _ in _chunks(run.microbatch, *run.batches[0])]
+    except NotImplementedError:
+        return None
+    if any(x is None for x in tau):
+        return None
+    tau = F.pad(torch.cat(tau), (1, 0)) / (tokens.numel() * run.crew.world)
+    tau = tau if w.ndim == 2 else tau.sum(1)
+    total, size = run.crew.sum([(w * tau).sum(), (w * tau).abs().sum()])
+    off = total - sum((a * b).sum() for a, b in zip(g.values(), of_g))
+    return tau if off.abs() <= 1e-4 * size else None
 
 
 class _AdamRatio(torch.autograd.Function):
@@ -575,7 +600,12 @@ def _vjp(outputs, inputs, adjoints):
 
 def _zeros(grads, likes):
     """Gradients with 0 for None, which autograd gives for what is not reached."""
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+    return [_nothing(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+
+
+def _nothing(x):
+    """Zeros of x's shape, to be read only: one number in memory."""
+    return x.detach().new_zeros(()).expand_as(x)
 
 
 def _total(lists):
@@ -668,6 +698,19 @@ def _pure(model):
         raise ValueError(f"model: {name} draws random numbers (dropout?); call model.eval()")
     _require(changed == buffers, f"model: {name} changes its buffers (batch normalization?); call "
              "model.eval()")
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run."""
+    kept = {x: x.fp32_precision for x in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}
+    try:
+        for x in kept:
+            x.fp32_precision = "ieee"
+        yield
+    finally:
+        for x, own in kept.items():
+            x.fp32_precision = own
 
 
 @contextlib.contextmanager
@@ -806,6 +849,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     way = way.to(tau) * (examples.mask if per_token else 1)
 
     @torch.no_grad()
+    @_full_precision()
     def phi(h):
         return metric(sft(model, examples, optimizer, weights=1 + h * way, steps=steps)).item()
 
