@@ -5,35 +5,31 @@ float64 throughout; a tolerance is relative to the norm of the reference, "se" a
 so small that every dataset of n texts is trained on: expectations are sums, nothing is sampled.
 
     property                                    oracle                                   tolerance
- 1  SGD, AdamW, 10 steps                        torch.optim; sums over the history       1e-12
-    sft, losses, lm_metric                      a plain loop of torch.optim              1e-10
- 2  tau, per example and per token              central differences of sft over weights  1e-6
+ 1  AdamW, 10 steps                             sums over the history                    1e-12
+    sft with SGD and AdamW, losses, lm_metric   a plain loop of torch.optim              1e-10
+ 2  tau, per example and token, at any weights  central differences of sft over weights  1e-6
+ 3  replay, micro-batches, host memory, tied    unroll, all rows at once                 1e-10
     sum over tokens of tau                      tau per example                          1e-10
- 3  replay, also tied                           unroll                                   1e-10
  4  tau at T = 1                                closed forms for SGD and AdamW           1e-10
  5  grad F, enumerated, central differences in theta:
-    a  leave-one-out differences as rewards     equal, any optimizer and T               1e-7
+    a  differences, a text or a token left out  equal, any optimizer and T               1e-7
     b  DPG where Phi is affine in each weight   equal                                    1e-7
        tau, on every dataset                    the leave-one-out difference             1e-10
-    c  DPG elsewhere                            SGD: error ~ lr^(1 +- 0.1), falls with B;
-                                                Adam: falls with eps_root; cosine        > 0.99
+    c  DPG elsewhere: its error, SGD            ~ lr^(1 +- 0.1), falls with B
+       Adam, with eps_root                      error falls, cosine                      > 0.99
     d  Phi itself as everybody's reward         equal, with a larger variance            1e-7
  6  generate to backward, sampled               the enumerated expectation               4 se
     entropy, KL and their gradients             exact sums; central differences          1e-10, 1e-7
  7  credit per token, discount 1, affine        grad F; credit per example               1e-7
-    differences, losses from token t on out     grad F, any optimizer and T              1e-7
- 8  leave-one-out baseline, tau_j not seeing    grad F (elsewhere: the shift, printed)   1e-7
-    x_i (T = 1, SGD, linear Phi)
+ 8  leave-one-out baseline, T = 1, SGD, linear  grad F (elsewhere: the shift, printed)   1e-7
     advantages                                  a literal loop                           1e-12
  9  order, weights, padding, unit, no spread    the same run, changed                    1e-10, 0
     no Hessian-vector product in the first step operation counts                         exact
     one wrong argument                          a ValueError that names it
 10  a flipped sign, no Hessian, eps_root outside the root, the usual token mean as the loss, B - 1
     for B, truncated sampling, padding that is seen: a check above fails on each
-11  demos, shortened: files, numbers, controls   same seed, same numbers; refusals: status 2
-    README's and the header's examples          what they say they print
-12  micro-batches, checkpoints, host memory     unroll, all rows at once                 1e-10
-    the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
+11  demos, README's and the header's examples   same seed, same numbers; what they say they print
+12  the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
     two processes: tau, updated generator       one process                              1e-10
     eight kinds of transformers models          central differences (float32 inside)     1e-3
     a run that was killed, resumed              the same run, not killed                 0
@@ -45,6 +41,7 @@ so small that every dataset of n texts is trained on: expectations are sums, not
 `pytest -s` prints what was measured: errors, slopes, variance ratios and the biases of baselines.
 """
 
+import contextlib
 import copy
 import doctest
 import importlib.util
@@ -52,7 +49,6 @@ import inspect
 import io
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -62,9 +58,9 @@ import types
 import warnings
 from dataclasses import replace
 from functools import cache, partial
+from unittest import mock
 
 import pytest
-import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -78,7 +74,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils.logging import disable_progress_bar
 
 import dpg
 from dpg import (SGD, AdamW, Attribution, Examples, NotFinite, Rollouts, advantages, check_policy,
@@ -89,7 +84,7 @@ settings.register_profile("dpg", derandomize=True, deadline=None, max_examples=8
                           phases=[Phase.generate])  # a smaller seed explains nothing
 settings.load_profile("dpg")
 torch.set_num_threads(1)  # tensors this small only make threads wait for each other
-disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 with warnings.catch_warnings():  # markers are declared in files that this project does not have
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
     slow = pytest.mark.slow
@@ -178,11 +173,9 @@ def start(model):
 
 def central(f, x, h=1e-3):
     """Fourth-order central differences of a scalar function, one coordinate of x at a time."""
-    slopes = []
-    for step in h * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape):
-        near, far = f(x + step) - f(x - step), f(x + 2 * step) - f(x - 2 * step)
-        slopes.append((8 * near - far) / (12 * h))
-    return torch.stack([torch.as_tensor(s, dtype=x.dtype) for s in slopes]).view_as(x)
+    steps = h * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+    return torch.stack([8 * (f(x + s) - f(x - s)) - f(x + 2 * s) + f(x - 2 * s)
+                        for s in steps]).view_as(x) / (12 * h)
 
 
 def vector(tensors):
@@ -195,9 +188,8 @@ def flat(params):
 
 def jacobian(values, params):
     """d values / d params, (values, parameters), in the order of the dict."""
-    each = list(params.values())
-    return torch.stack([vector(grad(v, each, retain_graph=True, materialize_grads=True))
-                        for v in values])
+    return torch.stack([vector(grad(v, list(params.values()), retain_graph=True,
+                                    materialize_grads=True)) for v in values])
 
 
 def error(got, want):
@@ -211,11 +203,9 @@ def close(got, want, tolerance):
 
 
 def check_same(found, wanted):
-    """Two attributions."""
-    close(found.tau, wanted.tau, 1e-10)
-    close(found.losses, wanted.losses, 1e-10)
-    close(flat(found.params), flat(wanted.params), 1e-10)
-    assert abs(found.metric - wanted.metric) <= 1e-10
+    """Two results: each tensor and each number in them."""
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), 1e-10)
 
 
 def refused(why, call, *args, error=ValueError, **how):
@@ -224,14 +214,13 @@ def refused(why, call, *args, error=ValueError, **how):
 
 
 seeds = st.integers(0, 99)
-sgd = st.builds(SGD, lr=st.floats(0.05, 0.5))
-adamw = st.builds(AdamW, lr=st.floats(0.01, 0.1), eps=st.just(1e-3),
-                  betas=st.sampled_from([(0.7, 0.9), (0.3, 0.4)]),
-                  eps_root=st.floats(1e-3, 1e-1), weight_decay=st.floats(0.0, 0.5))
-optimizers = sgd | adamw
+optimizers = st.builds(SGD, lr=st.floats(0.05, 0.5)) | st.builds(
+    AdamW, lr=st.floats(0.01, 0.1), eps=st.just(1e-3), eps_root=st.floats(1e-3, 1e-1),
+    betas=st.sampled_from([(0.7, 0.9), (0.3, 0.4)]), weight_decay=st.floats(0.0, 0.5))
 models = st.builds(lambda seed: filled(Bare(), seed), seeds) | st.builds(
     gpt2, seed=seeds, tied=st.booleans(), attn_implementation=st.sampled_from(["sdpa", "eager"]))
 usual = dict(model=models, seed=seeds, optimizer=optimizers)
+methods = st.sampled_from(["unroll", "replay"])
 
 
 def drawn(examples, **strategies):
@@ -240,44 +229,18 @@ def drawn(examples, **strategies):
 
 # ---------------------------------------------------------------- 1: optimizers, sft, lm_metric
 
-def trajectory(optimizer, params, grads):
-    state = optimizer.init(params)
-    for g in grads:
-        params, state = optimizer.update(params, g, state)
-    return params
-
-
-twins = pytest.mark.parametrize("ours, theirs", [
-    (SGD(0.3), partial(torch.optim.SGD, lr=0.3)),
-    (AdamW(0.03, (0.8, 0.97), 1e-3, 0.0, 0.2),
-     partial(torch.optim.AdamW, lr=0.03, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.2))])
-
-
-@twins
-def test_1_optimizers_are_those_of_torch(ours, theirs):
-    params = {"a": randn(0, 3, 4), "b": randn(1, 5)}
-    grads = [{k: randn(10 * t + len(k), *p.shape) for k, p in params.items()} for t in range(10)]
-    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
-    optimizer = theirs(list(leaves.values()))
-    for g in grads:
-        for k, leaf in leaves.items():
-            leaf.grad = g[k].clone()
-        optimizer.step()
-    trained = trajectory(ours, params, grads)
-    for k in params:
-        close(trained[k], leaves[k].detach(), 1e-12)
-        assert (params[k] == randn("ab".index(k), *params[k].shape)).all()  # inputs not changed
-
-
-def test_1_eps_root_stands_inside_the_root():
+def test_1_adam_is_a_sum_over_the_history_with_eps_root_inside_the_root():
     opt, T = AdamW(0.1, (0.3, 0.4), 1e-3, 0.5, 0.2), 10
-    g, p = randn(0, T, 6), randn(1, 6)
-    want = p
+    g, want = randn(0, T, 6), randn(1, 6)
+    first = params = {"p": want.clone()}
+    state = opt.init(params)
     for t in range(1, T + 1):
         m = sum(0.3 ** (t - k) * 0.7 * g[k - 1] for k in range(1, t + 1)) / (1 - 0.3**t)
         v = sum(0.4 ** (t - k) * 0.6 * g[k - 1] ** 2 for k in range(1, t + 1)) / (1 - 0.4**t)
         want = want - 0.1 * (m / ((v + 0.5).sqrt() + 1e-3) + 0.2 * want)
-    close(trajectory(opt, {"p": p}, [{"p": row} for row in g])["p"], want, 1e-12)
+        params, state = opt.update(params, {"p": g[t - 1]}, state)
+    close(params["p"], want, 1e-12)
+    assert (first["p"] == randn(1, 6)).all()  # inputs are not changed
 
 
 def plain_loop(model, data, optimizer, weights, steps):
@@ -294,10 +257,13 @@ def plain_loop(model, data, optimizer, weights, steps):
     return start(model), torch.stack(losses)
 
 
-@twins
-@drawn(5, model=models, seed=seeds, steps=st.sampled_from([1, 2, 4]))
+@pytest.mark.parametrize("ours, theirs", [
+    (SGD(0.3), partial(torch.optim.SGD, lr=0.3)),
+    (AdamW(0.03, (0.8, 0.97), 1e-3, 0.0, 0.2),
+     partial(torch.optim.AdamW, lr=0.03, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.2))])
+@drawn(5, model=models, seed=seeds, steps=st.sampled_from([1, 2, 10]))
 def test_1_sft_is_a_plain_training_loop(ours, theirs, model, seed, steps):
-    data, weights, ones = batch(seed), randn(seed, 4, 5).abs(), torch.ones(4, 1)
+    data, weights, ones = batch(seed, n=10), randn(seed, 10, 5).abs(), torch.ones(10, 1)
     for given_weights, columns in ((weights, weights), (weights[:, 0], weights[:, :1])):
         want, _ = plain_loop(model, data, theirs, columns, steps)
         close(flat(sft(model, data, ours, weights=given_weights, steps=steps)), flat(want), 1e-10)
@@ -313,60 +279,51 @@ def test_1_sft_is_a_plain_training_loop(ours, theirs, model, seed, steps):
 
 # ---------------------------------------------------------------- 2, 3, 4: tau
 
-def differences(model, data, metric, optimizer, steps, at, h=1e-3):
-    """Phi(A(w, D)) at these weights, and its central differences."""
+def check_differences(tau_of, model, data, metric, optimizer, steps, tolerance=1e-6, h=1e-3, **how):
+    """Against central differences of Phi(A(w, D)), at w = 1 unless given."""
     def phi(weights):
         return metric(sft(model, data, optimizer, weights=weights, steps=steps)).detach()
 
-    return phi(at), central(phi, at, h)
-
-
-def check_differences(tau_of, model, data, metric, optimizer, steps, **how):
-    ones = torch.ones(data.mask.shape if how else (len(data.mask),), dtype=torch.float64)
+    shape = data.mask.shape[:1 + how.get("per_token", False)]
+    at = how.get("weights", torch.ones(shape, dtype=torch.float64))
     result = tau_of(model, data, metric, optimizer, steps=steps, **how)
-    phi, want = differences(model, data, metric, optimizer, steps, ones)
-    close(result.tau, want, 1e-6)
-    assert abs(result.metric - phi.item()) <= 1e-12
+    close(result.tau, central(phi, at, h), tolerance)
+    assert abs(result.metric - phi(at).item()) <= 1e-12
 
 
-@drawn(12, **usual, steps=st.sampled_from([1, 2, 3, 4]))
-def test_2_tau_is_the_derivative(model, seed, optimizer, steps):
-    data, metric = batch(seed, n=2 * steps), lm_metric(model, batch(seed + 50))
-    check_differences(metagradient, model, data, metric, optimizer, steps)
+@drawn(24, **usual, steps=st.sampled_from([1, 2, 3, 4]), method=methods, per_token=st.booleans(),
+       elsewhere=st.booleans())
+def test_2_tau_is_the_derivative(model, seed, optimizer, steps, method, per_token, elsewhere):
+    """At w = 1, and at other weights, also where gradients are off."""
+    data, how = batch(seed, 2 * steps, 4 - per_token), dict(method=method, per_token=per_token)
+    metric = linear(model) if per_token else lm_metric(model, batch(seed + 50))
+    if elsewhere:
+        how["weights"] = 1 + randn(seed, *data.mask.shape[:1 + per_token]).clamp(-1, 1) / 2
+    with torch.set_grad_enabled(not elsewhere):
+        check_differences(metagradient, model, data, metric, optimizer, steps, **how)
 
 
-@given(**usual, steps=st.sampled_from([1, 2, 3, 4]))
-def test_2_tau_per_token(model, seed, optimizer, steps):
-    data, metric = batch(seed, n=steps, length=4), linear(model)
-    check_differences(metagradient, model, data, metric, optimizer, steps, per_token=True)
-    tau = metagradient(model, data, metric, optimizer, steps=steps, per_token=True).tau
-    close(tau.sum(1), metagradient(model, data, metric, optimizer, steps=steps).tau, 1e-10)
-    assert (tau[~data.mask] == 0).all()
-
-
-@drawn(4, **usual, per_token=st.booleans())
-def test_2_tau_at_other_weights_also_where_gradients_are_off(model, seed, optimizer, per_token):
-    data, metric = batch(seed, n=2, length=4), linear(model)
-    weights = 1 + randn(seed, *data.mask.shape[:1 + per_token]).clamp(-1, 1) / 2
-    _, want = differences(model, data, metric, optimizer, 2, weights)
-    for method in "unroll", "replay":
-        with torch.no_grad():
-            found = metagradient(model, data, metric, optimizer, steps=2, weights=weights,
-                                 method=method, per_token=per_token)
-        close(found.tau, want, 1e-6)
-
-
-@drawn(15, **usual, steps=st.sampled_from([1, 2, 3, 4]), per_token=st.booleans(),
+@drawn(30, **usual, steps=st.sampled_from([1, 2, 5]), every=st.sampled_from([1, 2, 3, 9]),
+       microbatch=st.sampled_from([None, 1, 2, 7]), per_token=st.booleans(), offload=st.booleans(),
        frozen=st.booleans())
-def test_3_replay_is_unroll(model, seed, optimizer, steps, per_token, frozen):
-    data, metric = batch(seed, n=2 * steps), lm_metric(model, batch(seed + 50))
-    list(model.parameters())[1].requires_grad = not frozen
-    run = partial(metagradient, model, data, metric, optimizer, steps=steps, per_token=per_token)
-    one, two = run(method="unroll"), run(method="replay")
-    check_same(two, one)
+def test_3_replay_is_unroll_and_pieces_make_the_whole(model, seed, optimizer, steps, every,
+                                                      microbatch, per_token, offload, frozen):
+    data, wanted = batch(seed, n=3 * steps), batch(seed + 50)
     name, constant = list(model.named_parameters())[1]
-    assert list(one.params) == list(two.params) == [k for k, _ in model.named_parameters()]
-    assert frozen == torch.equal(one.params[name], constant.detach())
+    constant.requires_grad = not frozen
+    run = partial(metagradient, model, data, optimizer=optimizer, steps=steps, per_token=per_token)
+    whole = run(metric=lm_metric(model, wanted))
+    run = partial(run, metric=lm_metric(model, wanted, microbatch=microbatch),
+                  microbatch=microbatch)
+    for found in run(), run(method="replay", checkpoint_every=every, offload=offload):
+        check_same(found, whole)
+        assert list(found.params) == [k for k, _ in model.named_parameters()]
+        assert frozen == torch.equal(found.params[name], constant.detach())
+    close(flat(sft(model, data, optimizer, steps=steps, microbatch=microbatch)),
+          flat(whole.params), 1e-10)
+    if per_token:
+        close(whole.tau.sum(1), run(per_token=False).tau, 1e-10)
+        assert (whole.tau[~data.mask] == 0).all()
 
 
 def check_closed_form(tau_of, model, data, metric, optimizer):
@@ -485,13 +442,10 @@ def bias(phi, credit):
 runs = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3)])  # (T, full batches; 1: one pass)
 
 
-@drawn(5, optimizer=optimizers, run=runs)
-def test_5a_leaving_one_out_is_exact(optimizer, run):
-    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, *run))
-
-
-def test_5a_with_three_examples_one_a_step():
-    check_unbiased(*left_out(3, AdamW(0.1, (0.7, 0.9), eps_root=1e-4), LIKELIHOOD, 3))
+@drawn(10, optimizer=optimizers, run=runs, drop=st.sampled_from([TEXT, TOKEN]))
+def test_5a_leaving_one_out_is_exact(optimizer, run, drop):
+    """An example, or the losses that see a token."""
+    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, *run, drop=drop))
 
 
 def check_difference(train):
@@ -526,10 +480,8 @@ def test_5c_adam_needs_eps_root_above_the_squared_gradients():
         phi, tau = attribute(2, AdamW(0.1, eps_root=factor * g2), LIKELIHOOD)
         estimate, truth = expectation(tau)[0], true_gradient(phi, 2)
         found.append((error(estimate, truth), torch.cosine_similarity(estimate, truth, 0).item()))
-        seen = (jacobian(losses, params).square() < factor * g2).double().mean().item()
         print(f"\nAdam, T = 1, n = 2, eps_root = {factor:g} max g^2: relative error "
-              f"{found[-1][0]:.4f}, cosine {found[-1][1]:.4f}, coordinates with "
-              f"|g| < sqrt(eps_root): {seen:.2f}", end="")
+              f"{found[-1][0]:.4f}, cosine {found[-1][1]:.4f}", end="")
     errors = [e for e, _ in found]
     assert errors[2] > 2 * errors[3] > 4 * errors[4]
     assert found[3][1] > 0.99 and found[4][1] > 0.99  # the healthy regime
@@ -537,8 +489,7 @@ def test_5c_adam_needs_eps_root_above_the_squared_gradients():
 
 
 def test_5d_the_naive_reward_is_unbiased_and_varies_more():
-    """A constant off all rewards changes no expectation: centring both is the fair comparison.
-    Uncentred, the ratio measures nothing but the offset of Phi."""
+    """A constant off all rewards changes no expectation: centring both is the fair comparison."""
     for n in (1, 2, 3):
         phi, tau = attribute(n, SGD(0.3), LIKELIHOOD)
         naive, p = phi[:, None].expand(-1, n), probability(THETA, n)
@@ -597,13 +548,8 @@ def narrow_checkpoint(folder):
     policy.save_pretrained(folder)
     policy = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64).eval()
     assert policy.generation_config.top_k == 2
-    target = filled(Bare(54), 2)
     texts = torch.arange(53)[:, None]
-    rows = nn.functional.pad(texts, (1, 0), value=53)
-    wanted = Examples(rows[:2], torch.tensor([[0, 1]] * 2))
-    tau = [metagradient(target, Examples(row[None], wanted.mask[:1]), lm_metric(target, wanted),
-                        SGD(1.0)).tau for row in rows]
-    return policy, [[1, 2]], texts, torch.ones_like(texts), torch.stack(tau), 1.0
+    return policy, [[1, 2]], texts, torch.ones_like(texts), randn(1, 53, 1), 1.0
 
 
 def padded_prompts(_):
@@ -623,72 +569,69 @@ def test_6_entropy_and_kl_are_exact():
     found = token_log_probs(policy, rollouts, temperature=temperature, entropy=True,
                             reference=other)
 
-    def exact(params):  # of next-token distributions, (prompts, texts, L_new)
-        pairs = [(next_token(policy, params, p, TEXTS, temperature),
-                  next_token(other, start(other), p, TEXTS, temperature).detach()) for p in prompts]
-        entropy = torch.stack([-(a.exp() * a).sum(2) for a, _ in pairs]) * LABELS
-        return entropy, torch.stack([(a.exp() * (a - b)).sum(2) for a, b in pairs]) * LABELS
+    def exact(params):  # of next-token distributions, (prompts * texts, L_new)
+        a, b = (torch.cat([next_token(model, values, p, TEXTS, temperature) for p in prompts])
+                for model, values in ((policy, params), (other, start(other))))
+        entropy, kl = -(a.exp() * a).sum(2), (a.exp() * (a - b)).sum(2)
+        chosen = a.gather(2, rollouts.tokens[..., None])[..., 0]
+        return [(x * rollouts.mask).detach() for x in (chosen, entropy, kl)]
 
-    entropy, kl = (x.detach() for x in exact(start(policy)))
-    close(found.entropy.detach().view(2, 7, 2), entropy, 1e-10)
-    close(found.kl.detach().view(2, 7, 2), kl, 1e-10)
-    # The sums over positions average to the entropy and the KL of whole texts (chain rule).
-    log_p = found.log_probs.detach().view(2, 7, 2).sum(2)
-    log_q = token_log_probs(other, rollouts, temperature=temperature).detach().view(2, 7, 2).sum(2)
-    close(log_p.exp().sum(1), torch.ones(2, dtype=torch.float64), 1e-10)
-    close((log_p.exp() * entropy.sum(2)).sum(1), -(log_p.exp() * log_p).sum(1), 1e-10)
-    close((log_p.exp() * kl.sum(2)).sum(1), (log_p.exp() * (log_p - log_q)).sum(1), 1e-10)
-
+    for got, want in zip(found, exact(start(policy)), strict=True):
+        close(got.detach(), want, 1e-10)
     loss = policy_gradient_loss(found.log_probs, torch.zeros(14), rollouts.mask, kl=found.kl,
                                 kl_coef=0.7, entropy=found.entropy, entropy_coef=0.3)
-    slopes, zero = grad(loss, list(policy.parameters())), torch.zeros((), dtype=torch.float64)
-    got, want = [], []
-    for seed in range(5):
-        directions = [randn(50 * seed + i, *p.shape) for i, p in enumerate(policy.parameters())]
+    slopes = grad(loss, list(policy.parameters()))
+    directions = [randn(i, 5, *p.shape) for i, p in enumerate(slopes)]
 
-        def moved(x):
-            named = zip(policy.named_parameters(), directions)
-            entropy, kl = exact({k: p.detach() + x * d for (k, p), d in named})
-            return ((0.7 * kl - 0.3 * entropy).sum() / 14).detach()
+    def moved(x):  # along five directions
+        _, entropy, kl = exact({k: p.detach() + torch.tensordot(x, d, 1) for (k, p), d in zip(
+            policy.named_parameters(), directions)})
+        return (0.7 * kl - 0.3 * entropy).sum() / 14
 
-        got.append(sum((g * d).sum() for g, d in zip(slopes, directions)))
-        want.append(central(moved, zero))
-    close(torch.stack(got), torch.stack(want), 1e-7)
+    got = sum(d.flatten(1) @ p.flatten() for d, p in zip(directions, slopes))
+    close(got, central(moved, torch.zeros(5, dtype=torch.float64)), 1e-7)
+
+
+DRAW = dict(prompts=prompts_of([1], [2, 1, 1], [3, 1], [1, 1]), samples=3, max_new_tokens=3,
+            temperature=0.8, seed=5)
+CREDIT = dict(group_size=6, baseline="loo", scale=True, discount=0.5)
+REWARD = partial(metagradient, filled(Bare(5), 5), metric=lm_metric(filled(Bare(5), 5), WANTED),
+                 optimizer=AdamW(0.1, eps_root=0.1), steps=2, per_token=True, method="replay")
+
+
+def a_step(microbatch=None, group=None, spoil=lambda policy: None):
+    """One dpg_step of a fresh policy; its parameters, and the gradient of the first, not held."""
+    policy, how = gpt2(seed=3), dict(microbatch=microbatch, group=group)
+    sum(p.sum() for p in policy.parameters()).backward()  # old gradients must not count
+    spoil(policy)
+    first, *held = policy.parameters()
+    result = dpg_step(policy, torch.optim.SGD(held, lr=0.5), entropy_coef=0.1, kl_coef=0.2,
+                      encode=partial(Rollouts.examples, start=4), reward=partial(REWARD, **how),
+                      reference=gpt2(seed=4), **how, **DRAW, **CREDIT)
+    return result, vector([first, *held, first.grad])
 
 
 def test_6_a_step_is_its_parts():
-    policy, twin, reference = gpt2(3, seed=3), gpt2(3, seed=3), gpt2(3, seed=4)
-    prompts, how = prompts_of([1], [2, 1, 1]), dict(samples=4, max_new_tokens=2, seed=5)
-    reward = partial(metagradient, TARGET, metric=LIKELIHOOD, optimizer=SGD(0.3), per_token=True)
-    encode = partial(Rollouts.examples, start=START)
-    first, *held = policy.parameters()  # the optimizer does not hold the first
-    sum(p.sum() for p in policy.parameters()).backward()  # old gradients must not count
-    result = dpg_step(policy, torch.optim.SGD(held, lr=0.5), prompts, encode, reward,
-                      temperature=0.8, group_size=4, baseline="loo", scale=True,
-                      discount=0.5, entropy_coef=0.1, kl_coef=0.2, reference=reference, **how)
-    rollouts = generate(twin, prompts, temperature=0.8, **how)
+    (result, found), twin, reference = a_step(), gpt2(seed=3), gpt2(seed=4)
+    rollouts = generate(twin, **DRAW)
     assert torch.equal(rollouts.tokens, result.rollouts.tokens)
-    tau = reward(rollouts.examples(START)).tau[:, 1:]
-    credit = advantages(tau, rollouts.mask, group_size=4, baseline="loo", scale=True, discount=0.5)
+    credit = advantages(REWARD(rollouts.examples(4)).tau[:, 1:], rollouts.mask, **CREDIT)
     close(result.advantages, credit, 1e-12)
-    found = token_log_probs(twin, rollouts, temperature=0.8, entropy=True, reference=reference)
-    for value, each in ((result.entropy, found.entropy), (result.kl, found.kl)):
+    part = token_log_probs(twin, rollouts, temperature=0.8, entropy=True, reference=reference)
+    for value, each in ((result.entropy, part.entropy), (result.kl, part.kl)):
         assert value == pytest.approx((each.sum() / rollouts.mask.sum()).item())  # per token
-    objective = (credit * found.log_probs + 0.1 * found.entropy - 0.2 * found.kl).sum() / 8
+    objective = (credit * part.log_probs + 0.1 * part.entropy - 0.2 * part.kl).sum() / 12
     slope, *slopes = grad(objective, list(twin.parameters()))
-    close(first.grad, -slope, 1e-10)
-    want = [p + 0.5 * g for p, g in zip(list(twin.parameters())[1:], slopes)]
-    close(vector([first, *held]), vector([next(twin.parameters()), *want]), 1e-10)
+    first, *held = twin.parameters()
+    close(found, vector([first, *(p + 0.5 * g for p, g in zip(held, slopes)), -slope]), 1e-10)
 
 
 def test_6_the_loss_is_its_formula():
     """Off the mask nothing counts; credit per example counts at each of its labels."""
     log_probs, credit, entropy, kl = (randn(i, 3, 4) for i in range(4))
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    for each in (credit, credit[:, 0]):
-        want = sum(-(each[i, t] if each.ndim == 2 else each[i]) * log_probs[i, t]
-                   - 0.3 * entropy[i, t] + 0.7 * kl[i, t]
-                   for i, t in mask.nonzero().tolist()) / 3
+    for each, spread in (credit, credit), (credit[:, 0], credit[:, :1]):
+        want = (-spread * log_probs - 0.3 * entropy + 0.7 * kl)[mask == 1].sum() / 3
         close(policy_gradient_loss(log_probs, each, mask, entropy=entropy, entropy_coef=0.3, kl=kl,
                                    kl_coef=0.7), want, 1e-12)
 
@@ -696,7 +639,7 @@ def test_6_the_loss_is_its_formula():
 def test_6_rollouts_and_what_stays_untouched():
     policy, (tokens, mask) = gpt2(3, seed=3), prompts_of([1], [2, 1, 1])
     target = filled(Bare(), 1).train()
-    before, random = flat(start(policy)), torch.get_rng_state()
+    before = flat(start(policy))
     draw = partial(generate, policy, samples=50, max_new_tokens=4)
     one = draw((tokens, mask), seed=1)
     two = draw({"input_ids": tokens, "attention_mask": mask}, seed=1)
@@ -708,14 +651,14 @@ def test_6_rollouts_and_what_stays_untouched():
         lengths = [row.index(end) + 1 if end in row else 4 for row in rollouts.tokens.tolist()]
         assert rollouts.mask.tolist() == [[1] * k + [0] * (4 - k) for k in lengths]
     rows = one.examples(START)
-    assert (rows.tokens[:, 0] == START).all() and not rows.mask[:, 0].any()
-    assert torch.equal(rows.tokens[:, 1:], one.tokens) and torch.equal(rows.mask[:, 1:], one.mask)
+    assert torch.equal(rows.tokens, nn.functional.pad(one.tokens, (1, 0), value=START))
+    assert torch.equal(rows.mask, nn.functional.pad(one.mask, (1, 0)))
     kept, weights = copy.deepcopy(rows), flat(start(target))
     metagradient(target, rows, lm_metric(target, rows), AdamW(0.1), steps=2)
     assert target.training and torch.equal(flat(start(target)), weights)
     assert all(p.grad is None for p in target.parameters())
     assert all(torch.equal(a, b) for a, b in zip(rows, kept))
-    assert torch.equal(flat(start(policy)), before) and torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(flat(start(policy)), before)
 
 
 # ---------------------------------------------------------------- 7, 8: credit, baselines
@@ -740,11 +683,6 @@ def test_7_credit_per_token_is_exact_where_phi_is_affine(n):
     assert variances[1] < variances[0] and bias(phi, now) > 0.01
 
 
-@drawn(5, optimizer=optimizers, run=runs)
-def test_7_leaving_out_the_losses_that_see_a_token_is_exact(optimizer, run):
-    check_unbiased(*left_out(2, optimizer, LIKELIHOOD, *run, drop=TOKEN))
-
-
 @pytest.mark.parametrize("n", [2, 3])
 def test_8_baselines_where_tau_sees_its_own_example_only(n):
     phi, tau = attribute(n, SGD(0.5), LINEAR)
@@ -754,29 +692,26 @@ def test_8_baselines_where_tau_sees_its_own_example_only(n):
     check_unbiased(phi, credit(tokens, baseline="loo", discount=1.0))
 
 
-def test_8_baselines_elsewhere_cost_bias():
+@pytest.mark.parametrize("n", [2, 3])
+def test_8_baselines_elsewhere_cost_bias(n):
     """tau_j sees x_i through the run they share, so subtracting it moves the expectation."""
-    for n in (2, 3):
-        cases = {"SGD, one example a step, linear Phi": (SGD(0.3), LINEAR, n),
-                 "SGD, T = 1": (SGD(0.3), LIKELIHOOD),
-                 "Adam, T = 1": (AdamW(0.1, eps_root=0.1), LIKELIHOOD)}
-        for name, case in cases.items():
-            phi, tau = attribute(n, *case)
-            loo, truth = credit(tau, baseline="loo"), true_gradient(phi, n)
-            (plain, variance), (moved, less) = expectation(tau), expectation(loo)
-            extra = ((moved - plain).norm() / truth.norm()).item()
-            print(f"\n{name}, n = {n}: relative bias {error(plain, truth):.4f}, with leave-one-out "
-                  f"{error(moved, truth):.4f}, the two {extra:.4f} apart; variance "
-                  f"{less / variance:.2f} of DPG's", end="")
-            assert extra > 1e-3
+    for name, *case in (("SGD, one example a step, linear Phi", SGD(0.3), LINEAR, n),
+                        ("SGD, T = 1", SGD(0.3), LIKELIHOOD),
+                        ("Adam, T = 1", AdamW(0.1, eps_root=0.1), LIKELIHOOD)):
+        phi, tau = attribute(n, *case)
+        loo, truth = credit(tau, baseline="loo"), true_gradient(phi, n)
+        (plain, variance), (moved, less) = expectation(tau), expectation(loo)
+        extra = ((moved - plain).norm() / truth.norm()).item()
+        print(f"\n{name}, n = {n}: relative bias {error(plain, truth):.4f}, with leave-one-out "
+              f"{error(moved, truth):.4f}, apart {extra:.4f}; variance x {less / variance:.2f}")
+        assert extra > 1e-3
 
 
 @drawn(60, seed=seeds, groups=st.sampled_from([1, 2]), size=st.sampled_from([1, 2, 4]),
        baseline=st.sampled_from(["none", "mean", "loo"]), scale=st.booleans(),
        discount=st.sampled_from([None, 0.0, 0.7, 1.0]))
 def test_8_advantages_are_those_of_a_literal_loop(seed, groups, size, baseline, scale, discount):
-    mask = torch.arange(4) < torch.randint(1, 5, (groups * size, 1),
-                                           generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(4) <= 2 * randn(seed + 1, groups * size, 1).abs()
     tau = randn(seed, groups * size) if discount is None else randn(seed, groups * size, 4) * mask
     got = advantages(tau, mask, group_size=size, baseline=baseline, scale=scale, discount=discount)
     if discount is None:
@@ -819,10 +754,9 @@ def test_9_scaled_advantages_do_not_see_the_unit_of_phi(dtype, tolerance, baseli
     model, data = filled(Bare(), 1).to(dtype), batch(2, n=6)
     phi = lm_metric(model, batch(52))
     for optimizer in SGD(0.1), AdamW(0.01, eps_root=1e-2):
-        tau, small = (metagradient(model, data, lambda p: unit * phi(p), optimizer).tau
-                      for unit in (1, 1e-9))
-        a, b, c = (advantages(x, data.mask, baseline=baseline, scale=True)
-                   for x in (tau, small, 1e-20 * small))
+        a, b, c = (advantages(more * metagradient(model, data, lambda p: unit * phi(p), optimizer)
+                              .tau, data.mask, baseline=baseline, scale=True)
+                   for unit, more in ((1, 1), (1e-9, 1), (1e-9, 1e-20)))
         assert a.dtype == dtype
         close(b, a, tolerance)
         close(c, a, tolerance)
@@ -851,123 +785,91 @@ def test_9_the_first_step_spends_no_hessian_vector_product(method):
         return counter.get_total_flops()
 
     one, two, three = map(operations, (1, 2, 3))
-    print(f"\n{method}: floating-point operations of T = 2, 3 over T = 1: {two / one:.2f}, "
-          f"{three / one:.2f}")
+    print(f"\n{method}: operations, T = 2, 3 over T = 1: {two / one:.2f}, {three / one:.2f}")
     assert two - one > 1.4 * one and three - two == two - one
 
 
-PUBLIC = """
-SGD lr
-AdamW lr betas=(0.9, 0.95) eps=1e-08 eps_root=1e-09 weight_decay=0.0
-sft model examples optimizer weights=None steps=1 microbatch=None
-metagradient model examples metric optimizer steps=1 per_token=False method='unroll' weights=None
-  microbatch=None checkpoint_every=1 offload=False group=None
-lm_metric model examples microbatch=None
-generate model prompts samples max_new_tokens seed temperature=1.0 eos_token_id=None microbatch=None
-token_log_probs model rollouts temperature=1.0 entropy=False reference=None
-advantages tau mask group_size=None baseline='none' scale=False discount=None
-policy_gradient_loss log_probs advantages mask entropy=None entropy_coef=0.0 kl=None kl_coef=0.0
-dpg_step policy policy_optimizer prompts encode reward samples max_new_tokens seed temperature=1.0
-  group_size=None baseline='mean' scale=True discount=None entropy_coef=0.0 kl_coef=0.0
-  reference=None microbatch=None group=None
-check_target model examples metric optimizer steps=1 per_token=False method='unroll' tolerance=0.05
-  seed=0
-check_policy model prompts max_new_tokens samples=2 temperature=1.0 seed=0"""
-
-
-def test_9_names_and_defaults_are_the_contract():
-    """And each argument has its rule: no name is in that table that no public function has."""
-    arguments = {"start"}
-    for name, *wanted in map(str.split, re.split(r"\n(?! )", PUBLIC.strip())):
-        found = inspect.signature(getattr(dpg, name)).parameters
-        said = [k if p.default is p.empty else f"{k}={p.default!r}" for k, p in found.items()]
-        assert set(" ".join(said).split()) == set(wanted)
-        assert "_check(" in inspect.getsource(getattr(dpg, name))
-        arguments |= found.keys()
-    assert arguments == dpg._RULES.keys()
+DEFAULTS = dict(  # a name has the same in all functions, but for what is listed twice
+    betas=[(0.9, 0.95)], eps=[1e-8], eps_root=[1e-9], weight_decay=[0.0], weights=[None], steps=[1],
+    microbatch=[None], per_token=[False], method=["unroll"], checkpoint_every=[1], offload=[False],
+    group=[None], temperature=[1.0], eos_token_id=[None], entropy=[False, None], reference=[None],
+    group_size=[None], baseline=["none", "mean"], scale=[False, True], discount=[None], kl=[None],
+    entropy_coef=[0.0], kl_coef=[0.0], tolerance=[0.05], seed=[0], samples=[2])
+WRONG = {"lr tolerance temperature": [-1.0, INF, NAN, True, "1"],  # in any call
+         "eps eps_root weight_decay entropy_coef kl_coef": [-5e-324, INF, NAN, True],
+         "samples max_new_tokens microbatch checkpoint_every steps group_size": [
+             0, -1, True, 2.0, 2**31],
+         "per_token scale offload": [0, 1, None], "method baseline": ["others", None],
+         "discount": [-1e-9, 1.01, NAN, True], "start": [-1, 2**31, True, 0.0, None],
+         "seed": [None, 1.0, True, [1]], "group": [3]}
 
 
 def calls():
-    """Right calls, and wrong values of single arguments: over the limit, or of another kind."""
+    """Right calls, and what is wrong in each of them alone."""
     ones, real = torch.ones(4, 3, dtype=int), 0.5 + torch.arange(12.0).view(4, 3) / 7
     policy, target, data = gpt2(), filled(Bare(), 0), batch(0)
-    labels = ones.clone().index_fill(1, torch.tensor(0), 0)
-    rollouts, fused, padded = Rollouts(ones, ones, ones, ones), gpt2(), gpt2()
+    labels, wide = ones.index_fill(1, torch.tensor(0), 0), torch.ones(4, 5, dtype=int)
+    rollouts, fused = Rollouts(ones, ones, ones, ones), gpt2()
     fused.config._attn_implementation = "flash_attention_2"
-    padded.transformer.wte.padding_idx = 1
     step = partial(dpg_step, policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
                    prompts=prompts_of([1], [2]), encode=partial(pytest.fail, "work was done"),
                    reward=partial(metagradient, target), samples=2, max_new_tokens=2, seed=0)
     return {
-        partial(SGD, 0.1): dict(lr=[0, -1.0, NAN]),
-        partial(AdamW, 0.1, (0.5, 0.9), 0.1, 0.1, 0.1): dict(
-            lr=[0, INF, NAN, True, "1"], eps=[-5e-324, INF], eps_root=[-1e-9, NAN],
-            weight_decay=[-0.1, INF],
-            betas=[(0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9]),
+        partial(SGD, 0.1): dict(lr=[0]),
+        partial(AdamW, 0.1, (0.5, 0.9), 0.1, 0.1, 0.1): dict(lr=[0], betas=[
+            (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9]),
         partial(sft, target, data, SGD(0.1), weights=real[:, 0], steps=2, microbatch=1): dict(
-            weights=[torch.ones(3), torch.ones(4, 4), real[:, 0] / 0], steps=[0, -2, 8],
-            model=[nn.ReLU(), print, gpt2().bfloat16(), fused, gpt2().requires_grad_(False)]),
-        partial(sft, policy, Examples(ones, labels), SGD(0.1)): dict(examples=[
-            tuple(data), Examples(ones[0], ones[0]), Examples(ones.int(), labels),
-            Examples(ones[:0], labels[:0]), Examples(ones, labels[:, 1:]), Examples(ones, ones),
-            Examples(ones, 2 * labels), Examples(ones, 0 * labels), Examples(ones + 3, labels),
-            Examples(ones - 101, labels), Examples(torch.ones(1, 10, dtype=int), torch.tensor(
-                [[0] + [1] * 9]))]),
-        partial(sft, padded, Examples(0 * ones, labels), SGD(0.1)): dict(
-            examples=[Examples(ones, labels)]),
+            weights=[torch.ones(3), torch.ones(4, 4), real[:, 0] / 0], steps=[8],
+            model=[nn.ReLU(), gpt2().bfloat16(), fused, gpt2().requires_grad_(False)]),
+        partial(sft, policy, good := Examples(ones, labels), SGD(0.1)): dict(examples=[
+            tuple(good), Examples(ones[0], ones[0]), Examples(ones[:0], labels[:0]),
+            Examples(torch.ones(1, 10, dtype=int), torch.arange(10)[None] > 0),
+            *(good._replace(tokens=x) for x in (ones.int(), ones + 3, ones - 101)),
+            *(good._replace(mask=x) for x in (labels[:, 1:], ones, 2 * labels, 0 * labels))]),
         partial(metagradient, target, data, LIKELIHOOD, SGD(0.1)): dict(
-            checkpoint_every=[2], offload=[True], weights=[torch.ones(4, 5)],
-            metric=[None, lambda params: torch.ones(()), lambda params: params["head.weight"]]),
-        partial(metagradient, target, data, LIKELIHOOD, SGD(0.1), method="replay"): dict(
-            steps=[0, -1, 3, 5, True, 2.0], method=["forward", None], per_token=[0, None],
-            offload=[1], checkpoint_every=[0, 2**31], microbatch=[-1, 2**31], group=[3],
-            weights=[real[:, 0] * NAN, torch.ones(4, 1), torch.ones(5), torch.ones(4).half()]),
+            checkpoint_every=[2], offload=[True], steps=[3, 5], weights=[
+                real[:, 0] * NAN, *map(torch.ones, ((4, 5), (4, 1), 5)), torch.ones(4).half()],
+            metric=[lambda params: torch.ones(()), lambda params: params["head.weight"]]),
         partial(metagradient, target, data, LIKELIHOOD, SGD(0.1), steps=2, per_token=True,
                 method="replay", microbatch=1, checkpoint_every=2): dict(weights=[torch.ones(4)]),
         partial(lambda model, examples, microbatch: lm_metric(
-            model, examples, microbatch=microbatch)(start(model)), policy, data, microbatch=2):
-        dict(microbatch=[0, -1, 0.5]),
+            model, examples, microbatch=microbatch)(start(model)), policy, data, microbatch=2): {},
         partial(generate, policy, (ones, ones), samples=2, max_new_tokens=2, temperature=0.5,
                 seed=0, microbatch=2): dict(
-            samples=[0, True, 1.0, 2**31], max_new_tokens=[0, None, 2**31, 7],
-            temperature=[-1, INF, NAN], microbatch=[0, True, 2**31],
-            seed=[None, 1.0, [1] * 3, [1] * 5, [2**63] * 4, [-1] * 4, [True] * 4],
+            max_new_tokens=[7], seed=[[1] * 3, [1] * 5, [2**63] * 4, [-1] * 4, [True] * 4],
             eos_token_id=[-1, 2**31, 1.0, [0, 2**31], True],
             prompts=[ones, (ones, ones, ones), {"input_ids": ones}, (ones, ones[:, :2]),
                      (ones[:, :0], ones[:, :0]), (ones.int(), ones), (ones + 3, ones),
                      (ones - 2, ones), (ones, ones * 2), (ones, ones.triu().flip(1))]),
-        partial(rollouts.examples, 1): dict(start=[-1, 2**31, True, 0.0, None]),
+        partial(rollouts.examples, 1): {},
         partial(token_log_probs, policy, rollouts, entropy=True, reference=policy): dict(
-            temperature=[0, NAN], entropy=[None, real], reference=[nn.ReLU(), gpt2(9)], rollouts=[
+            temperature=[0], entropy=[0, None, real], reference=[nn.ReLU(), gpt2(9)], rollouts=[
                 tuple(rollouts), Rollouts(ones, ones, ones[:3], ones[:3]),
-                Rollouts(ones, ones, ones.int(), ones), Rollouts(ones, ones, ones, ones[:, :2]),
-                Rollouts(ones, ones, ones - 2, ones), Rollouts(ones, ones, ones, 0 * ones),
-                Rollouts(ones, labels.flip(1), ones, ones), Rollouts(ones, ones, [1], ones),
-                Rollouts(*[torch.ones(4, 5, dtype=int)] * 4)]),
+                rollouts._replace(prompt_mask=labels.flip(1)), Rollouts(*[wide] * 4),
+                *(rollouts._replace(tokens=x) for x in (ones.int(), ones - 2, [1])),
+                *(rollouts._replace(mask=x) for x in (ones[:, :2], 0 * ones))]),
         partial(advantages, real, ones, group_size=2, scale=True, discount=0.5): dict(
-            tau=[real[..., None], real[0, 0], ones, real / 0, [1.0]],
-            mask=[ones[:, :2], ones[:, 0], 1j * ones], discount=[None, -1e-9, 1.01, NAN, True]),
+            tau=[real[..., None], real[0, 0], ones, real / 0], discount=[None],
+            mask=[ones[:, :2], ones[:, 0], 1j * ones]),
         partial(advantages, real[:, 0], ones): dict(
-            group_size=[0, -2, 3, 8, True, 2.0], scale=[0, None], baseline=["others", None],
-            discount=[0.5], mask=[ones[:3], 2 * ones]),
+            group_size=[3, 8], discount=[0.5], mask=[ones[:3], 2 * ones]),
         partial(policy_gradient_loss, real, real, ones): dict(
-            log_probs=[real[:, 0], real * NAN, real[:, :0], None], mask=[ones[:, :2], 2 * ones],
+            log_probs=[real[:, 0], real * NAN, real[:, :0]], mask=[ones[:, :2], 2 * ones],
             advantages=[real[:, :2], real / 0, real[:3, 0]], entropy=[real[:, :2], True],
-            kl=[real * INF], entropy_coef=[-0.1, INF, True, 0.1], kl_coef=[-0.1, NAN, 0.1]),
+            kl=[real * INF], entropy_coef=[0.1], kl_coef=[0.1]),
         partial(policy_gradient_loss, real, real, ones, entropy=real, entropy_coef=0.1, kl=real,
                 kl_coef=0.1): {},
-        step: dict(temperature=[0], seed=[None, [1]], baseline=["median"], group_size=[5],
-                   scale=[1], entropy_coef=[-0.1], kl_coef=[0.1], samples=[0], microbatch=[0],
-                   discount=[1.1, True], policy=[Bare()], reference=[nn.ReLU()], policy_optimizer=[
-                       torch.optim.SGD(gpt2().parameters()), None]),
-        partial(step, reward=partial(metagradient, per_token=True)): dict(discount=[None]),
+        step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reference=[
+            nn.ReLU()], policy_optimizer=[torch.optim.SGD(gpt2().parameters())]),
+        partial(step, reward=partial(metagradient, per_token=True), discount=0): dict(
+            discount=[None]),
         partial(step, reward=partial(metagradient, per_token=False)): dict(discount=[0.5]),
-        partial(step, reward=print): dict(discount=[-1]),
-        partial(check_target, target, data, LIKELIHOOD, SGD(0.1)): dict(tolerance=[0, None])}
+        partial(check_target, target, data, LIKELIHOOD, SGD(0.1)): dict(tolerance=[0]),
+        partial(check_policy, policy, (ones, ones), max_new_tokens=2): dict(temperature=[0])}
 
 
 CALLS = calls()
-WHOLE = [call for call in CALLS if call.func not in (dpg_step, check_target)]
+WHOLE = [call for call in CALLS if call.func not in (dpg_step, check_target, check_policy)]
 
 
 def changed(call, **change):
@@ -975,12 +877,23 @@ def changed(call, **change):
     return call.func(**right | change)
 
 
+def test_9_every_argument_has_a_rule_and_the_contracts_default():
+    public = {f for name, f in vars(dpg).items() if inspect.isfunction(f) and name[0] != "_"
+              and f.__module__ == "dpg"}
+    assert public - {lm_metric} < {call.func for call in CALLS}
+    assert {(k, v) for k, each in DEFAULTS.items() for v in each} == {
+        (k, p.default) for f in (SGD, AdamW, *public)
+        for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+
+
 def test_9_what_is_wrong_is_named_before_work_is_done():
     for call, choices in CALLS.items():
-        for name, value in ((name, value) for name in choices for value in choices[name]):
-            with pytest.raises(ValueError, match=rf"^{name}\b|^method .*{name}"):
-                changed(call, **{name: value})
-                pytest.fail(f"{name} = {value} in {call}")
+        for name in inspect.signature(call.func).parameters:
+            values = [v for names in WRONG if name in names.split() for v in WRONG[names]]
+            for value in (*values, *choices.get(name, ()), object()):  # the last is never right
+                with pytest.raises(ValueError, match=rf"^{name}\b|^method .*{name}"):
+                    changed(call, **{name: value})
+                    pytest.fail(f"{name} = {value} in {call}")
     ones, policy, one = torch.ones(4, 3, dtype=int), gpt2(), torch.ones(4, 3)
     write = partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0)
     for right in (  # the last values that are taken
@@ -1012,9 +925,7 @@ def test_9_a_padding_row_that_no_label_sees_is_harmless(tied):
 
 # ---------------------------------------------------------------- 10: the tests bite
 
-def bites(check, *args, **kwargs):
-    with pytest.raises(AssertionError, match="off by"):
-        check(*args, **kwargs)
+bites = partial(refused, "off by", error=AssertionError)
 
 
 def times(factor):
@@ -1024,11 +935,6 @@ def times(factor):
         return result._replace(tau=factor * result.tau)
 
     return wrong
-
-
-def outside_the_root(model, data, metric, optimizer):
-    moved = replace(optimizer, eps=optimizer.eps + optimizer.eps_root, eps_root=1e-24)
-    return metagradient(model, data, metric, moved)
 
 
 def first_order(model, data, metric, optimizer, *, steps):
@@ -1054,7 +960,9 @@ def test_10_wrong_metagradients_fail(model, seed, optimizer):
     for steps in (2, 4):
         bites(check_differences, first_order, model, data, metric, optimizer, steps)
     if isinstance(optimizer, AdamW):
-        bites(check_closed_form, outside_the_root, model, data, metric, optimizer)
+        outside = replace(optimizer, eps=optimizer.eps + optimizer.eps_root, eps_root=1e-24)
+        bites(check_closed_form, lambda *how: metagradient(*how[:3], outside), model, data, metric,
+              optimizer)
 
 
 @drawn(3, optimizer=optimizers)
@@ -1103,30 +1011,21 @@ TINY = "demos/tiny-lm"
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def person(request, tmp_path_factory):
-    """demos/uuid.py as a person runs it: another folder, a process of its own. It starts with the
-    first test, on the second core, and a test that wants it waits for its end."""
-    if not any("person" in item.fixturenames[1:] for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("person")
-    command = [sys.executable, ROOT / "demos/uuid.py", "--steps", "2", "--out", "out"]
-    process = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    yield process, folder / "out"
-    process.kill()
-    process.communicate()
+def person(folder, name, *launcher):
+    """demos/uuid.py as a person runs it: another folder, processes of its own."""
+    done = subprocess.run([sys.executable, *launcher, ROOT / "demos/uuid.py", "--steps", "2",
+                           "--out", name], cwd=folder, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done, *written(folder / name)
 
 
 @cache
 def demo(name):
     """A demo as a module, under a name that hides nothing of the standard library."""
-    path = sys.path.copy()
     spec = importlib.util.spec_from_file_location(f"demo_{name}", ROOT / "demos" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
+    with mock.patch.object(sys, "path", sys.path.copy()):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -1157,30 +1056,40 @@ def shortened(monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def stops(capsys):
-    """Holds that a demo stops with one line that says why."""
-    def check(why, call, *arguments, status=2):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            call(*arguments)
-        said = re.split("\r|\n\n", capsys.readouterr().err)[-1]  # after the progress
-        assert stop.value.code == status and said.count("\n") == 1 and re.search(why, said), said
+def variant(folder, weights=None, **files):
+    """A copy of tiny-lm with changed files, or new weights of another shape."""
+    folder = pathlib.Path(shutil.copytree(ROOT / TINY, folder / str(len(list(folder.iterdir())))))
+    for name, change in files.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if weights:
+        model = GPT2LMHeadModel(GPT2Config.from_pretrained(folder, **weights))
+        filled(model, 0, 0.02).float().save_pretrained(folder)
+    return str(folder)
 
-    return check
+
+def lab(folder, *arguments, target=str(ROOT / TINY), **files):
+    """The `Lab` of a demo whose generator is such a copy."""
+    common = demo("uuid").common
+    return common.Lab(common.parser("demo.py", "", steps=0, target=target), [
+        "--generator", variant(folder, **files), "--out", str(folder / "lab"), *arguments])
 
 
-def test_11_uuid_as_a_person_runs_it(person):
-    process, out = person
-    said, error = process.communicate()
-    assert process.returncode == 0, error
-    result = json.loads((out / "result.json").read_text())
-    assert {"seed", "seconds", "reward", "inner", "exact_after", "soft_before", "soft_after",
-            "phi_before", "phi_after", "sft_loglik_control", "sft_loglik_after"} <= result.keys()
-    assert (result["demo"], result["steps"], result["exact_before"]) == ("uuid", 2, 0)
-    assert result["uuid"] in said and "Exact" in said and "Phi" in error
-    assert (out / "figure.png").stat().st_size > 10_000
-    assert (out / "generator/model.safetensors").exists()
+def stops(why, call, *arguments, status=2):
+    """The demo stops with one line that says why."""
+    with contextlib.redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    said = re.split("\r|\n\n", error.getvalue())[-1]  # after the progress
+    assert stop.value.code == status and said.count("\n") == 1 and re.search(why, said), said
+
+
+def test_11_uuid_as_a_person_runs_it(tmp_path):
+    done, result, metrics = person(tmp_path, "out")
+    assert (result["demo"], result["exact_before"]) == ("uuid", 0)
+    assert result["steps"] == len(metrics) == 2
+    assert result["uuid"] in done.stdout and "Exact" in done.stdout and "Phi" in done.stderr
+    assert (tmp_path / "out/figure.png").stat().st_size > 10_000
+    assert (tmp_path / "out/generator/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("line", [
@@ -1248,13 +1157,13 @@ def test_11_ablation(shortened, monkeypatch, tmp_path, capsys):
     "uuid --seed 99999999999999", "l2_norm --inner-steps 0", "sixty_seven --temperature nan",
     "sixty_seven --pattern no-such-file", "sixty_seven --pattern LICENSE", "language --language en",
     "qr_code --text more than fits into version 1", "qr_code --text "])
-def test_11_demo_refusals(shortened, stops, tmp_path, line):
+def test_11_demo_refusals(shortened, tmp_path, line):
     name, option, value = line.split(" ", 2)
     stops(re.escape(value), shortened, name, option, value)
     assert not (tmp_path / "out").exists()
 
 
-def test_11_prompts_that_do_not_fit(shortened, stops, tmp_path):
+def test_11_prompts_that_do_not_fit(shortened, tmp_path):
     for name, line, why in (("language", "a" * 120, "the generator has room for"),
                             ("language", "jetzt kauft der König ein Buch im Laden", "one is in"),
                             ("uuid", "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3", "holds the UUID")):
@@ -1263,11 +1172,8 @@ def test_11_prompts_that_do_not_fit(shortened, stops, tmp_path):
 
 
 @slow
-def test_11_pattern_from_a_file_in_a_tied_head(shortened, stops, tmp_path, capsys):
-    folder, pattern = str(shutil.copytree(ROOT / TINY, tmp_path / "tied")), tmp_path / "pattern"
-    config = GPT2LMHeadModel.from_pretrained(folder).config
-    config.tie_word_embeddings = True
-    GPT2LMHeadModel(config).save_pretrained(folder)
+def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
+    folder, pattern = variant(tmp_path, dict(tie_word_embeddings=True)), tmp_path / "pattern"
     pattern.write_text("#..\n.##\n")
     stops("not allowed with", shortened, "qr_code", "--pattern", str(pattern), "--text", "DPG")
     result, _ = shortened("sixty_seven", "--pattern", str(pattern), "--target", folder)
@@ -1282,9 +1188,8 @@ def test_11_what_a_reader_reads(monkeypatch, text):
     code = qr.qr_code(text)
     assert code.shape == (21, 21) and qr.read(code) == text
     assert qr.read(torch.randn(21, 21, generator=torch.Generator().manual_seed(0)).sign()) is None
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    plain = patterns.blocks(code, colour=False)  # on a console without block characters
-    assert torch.equal(patterns.parse(plain, "plain"), code)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))  # no blocks
+    assert torch.equal(patterns.parse(patterns.blocks(code, colour=False), "plain"), code)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     lines = patterns.blocks(code, colour=False, margin=0).split("\n")
     drawn = [[1.0 if char in "█" + half else -1.0 for char in line]
@@ -1294,11 +1199,10 @@ def test_11_what_a_reader_reads(monkeypatch, text):
 
 def test_11_pattern_in_the_head(tmp_path):
     """Phi is the paper's formula; what a pattern's own change decodes to is the pattern."""
-    patterns, pattern = demo("qr_code").patterns, demo("qr_code").qr_code("DPG")
-    lab = patterns.common.Lab(patterns.parser("demo.py", "", steps=0)[0], ["--out", str(tmp_path)])
-    canvas = patterns.Canvas(lab, pattern)
+    here, pattern = lab(tmp_path), demo("qr_code").qr_code("DPG")
+    canvas = demo("qr_code").patterns.Canvas(here, pattern)
     assert len(set(canvas.rows)) == 21 and 0 not in canvas.rows
-    params = {k: p.detach().clone() for k, p in lab.target.named_parameters()}
+    params = {k: p.detach().clone() for k, p in here.target.named_parameters()}
     change = torch.zeros_like(params["lm_head.weight"])
     change[torch.tensor(canvas.rows)[:, None], torch.arange(21)] = 0.01 * pattern
     for amount, accuracy in ((0, None), (1, 1), (-1, 0)):
@@ -1320,41 +1224,39 @@ def test_11_pretrain(tmp_path, monkeypatch):
     assert new == shipped and "lm_head.weight" in shipped  # a head of its own
 
 
-def test_11_readme():
-    """The first block prints what its comments say; the header's usage block too."""
-    done = subprocess.run([sys.executable, "-c", README[0]], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    said = re.findall(r"print\(.*\)  # (.*)", README[0])
-    assert said and done.stdout.splitlines() == said
+def test_11_readme_and_header(monkeypatch, capsys):
+    """Their blocks print what they say; the one for TRL hands its trainer tau as the reward."""
+    completions, names = [[10, 20, 0], [30], [20, 20, 20, 20, 10], [40, 0]], {}
+    trl = mock.MagicMock(GRPOConfig=lambda out, **how: types.SimpleNamespace(**how))
+    monkeypatch.setitem(sys.modules, "trl", trl)
+    monkeypatch.setitem(sys.modules, "datasets", datasets := mock.MagicMock())
+    monkeypatch.chdir(ROOT)
+    for code in README:
+        exec(code, names)
+    said = re.findall(r"print\(.*\)  # (.*)", "".join(README))
+    assert said and capsys.readouterr().out.splitlines() == said
+    assert trl.GRPOTrainer.return_value.train.called
+    assert datasets.Dataset.from_dict.call_args[0][0]["prompt"]
+    found = trl.GRPOTrainer.call_args[0][1](  # as TRL calls it
+        prompts=["a"] * 4, completions=["b"] * 4, completion_ids=completions, trainer_state=None)
+    mask = torch.arange(25) <= torch.tensor([[len(row)] for row in completions])
+    mask[:, 0] = False
+    tokens = mask.long().masked_scatter(mask, torch.tensor(sum(completions, [])))
+    tokens[:, 0] = names["tokenizer"].eos_token_id
+    tau = metagradient(names["target"], Examples(tokens, mask), names["phi"], names["inner"]).tau
+    close(torch.tensor(found), tau / tau.square().mean().sqrt(), 1e-4)
     failures, tried = doctest.testmod(dpg)
     assert tried and not failures
 
 
 # ---------------------------------------------------------------- 12: past the laptop
 
-@drawn(20, **usual, steps=st.sampled_from([1, 2, 5]), every=st.sampled_from([1, 2, 3, 9]),
-       microbatch=st.sampled_from([None, 1, 2, 7]), per_token=st.booleans(), offload=st.booleans())
-def test_12_pieces_make_the_whole(model, seed, optimizer, steps, every, microbatch, per_token,
-                                  offload):
-    data, wanted = batch(seed, n=3 * steps), batch(seed + 50)
-    run = partial(metagradient, model, data, optimizer=optimizer, steps=steps, per_token=per_token)
-    whole = run(metric=lm_metric(model, wanted))
-    run = partial(run, metric=lm_metric(model, wanted, microbatch=microbatch),
-                  microbatch=microbatch)
-    check_same(run(), whole)
-    check_same(run(method="replay", checkpoint_every=every, offload=offload), whole)
-    close(flat(sft(model, data, optimizer, steps=steps, microbatch=microbatch)),
-          flat(whole.params), 1e-10)
-
-
 def test_12_how_often_a_replay_computes_a_step():
     """Twice, and once more where its stretch, but not the last, is walked again."""
     model, data, calls = filled(Bare(5, 3), 0), batch(0, n=10), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    for every, microbatch, passes in ((1, None, 5 + 5), (1, 1, 2 * (5 + 5)), (2, None, 5 + 4 + 5),
-                                      (2, 1, 2 * (5 + 4 + 5)), (5, None, 5 + 5),
-                                      (9, None, 5 + 5)):
+    for every, microbatch, passes in ((1, None, 5 + 5), (2, None, 5 + 4 + 5), (5, None, 5 + 5),
+                                      (9, None, 5 + 5), (2, 1, 2 * (5 + 4 + 5))):
         calls.clear()
         metagradient(model, data, linear(model), AdamW(0.1, eps_root=0.1), steps=5, method="replay",
                      checkpoint_every=every, microbatch=microbatch)
@@ -1387,7 +1289,6 @@ def test_12_an_optimizer_of_ones_own():
 
 class Largest(TorchDispatchMode):
     """The most rows that any tensor over a vocabulary of 53 has."""
-
     rows = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -1410,15 +1311,12 @@ def test_12_the_vocabulary_meets_one_micro_batch_at_a_time():
             for size in (None, 600, 409)))
         assert found == (409 * 4, 600 * 4, 409 * 4) and torch.equal(taus[0], taus[2])
         close(taus[0], taus[1], 1e-10)  # the numbers are the same
-    optimizer, reward = AdamW(0.1, eps_root=0.1), partial(
-        metagradient, filled(Bare(54, 3), 0), metric=lambda p: p["head.weight"].sum(),
-        optimizer=SGD(0.1), method="replay", microbatch=2)
     for size, most, written in ((None, 12, 8), (2, 2, 2)):
         metric = lm_metric(model, batch(9, n=12, vocab=53), microbatch=size)
-        assert rows(metagradient, model, batch(0, n=12, vocab=53), metric, optimizer, steps=2,
-                    method="replay", microbatch=size)[1] == most * 4  # L - 1 positions
-        found = rows(plain_step, policy, reward, reference=policy, microbatch=size)[1]
-        assert found == written * 4  # as many as the random numbers for one prompt's samples
+        assert rows(metagradient, model, batch(0, n=12, vocab=53), metric, AdamW(0.1, eps_root=0.1),
+                    steps=2, method="replay", microbatch=size)[1] == most * 4  # L - 1 positions
+        # As many as the random numbers for one prompt's samples.
+        assert rows(plain_step, policy, reference=policy, microbatch=size)[1] == written * 4
 
 
 def test_12_what_is_written_does_not_depend_on_the_company():
@@ -1426,51 +1324,27 @@ def test_12_what_is_written_does_not_depend_on_the_company():
     draw = partial(generate, policy, samples=4, max_new_tokens=4)
     whole = draw((tokens, mask), seed=[7, 8, 9])
     for size in (1, 5, 8):
-        again = draw((tokens, mask), seed=[7, 8, 9], microbatch=size)
-        assert all(torch.equal(a, b) for a, b in zip(again, whole))
+        assert all(map(torch.equal, whole, draw((tokens, mask), seed=[7, 8, 9], microbatch=size)))
     some = draw((tokens[[2, 0]], mask[[2, 0]]), seed=[9, 7])
     assert torch.equal(some.tokens, torch.cat([whole.tokens[8:], whole.tokens[:4]]))
     same = draw((tokens[[0, 0]], mask[[0, 0]]), seed=5)  # one prompt twice: two streams
     assert not torch.equal(same.tokens[:4], same.tokens[4:])
 
 
-def plain_step(policy, reward, optimizer=torch.optim.SGD, lr=0.1, **how):
+def plain_step(policy, reward=partial(
+        metagradient, filled(Bare(54), 5), metric=lambda p: p["head.weight"].sum(),
+        optimizer=SGD(0.1)), optimizer=torch.optim.SGD, lr=0.1, **how):
     """One dpg_step; the start token is 53."""
     return dpg_step(policy, optimizer(policy.parameters(), lr=lr), reward=reward, **dict(
         prompts=prompts_of([1, 3], [2, 1]), encode=partial(Rollouts.examples, start=53), samples=4,
         max_new_tokens=4, seed=0) | how)
 
 
-def a_step(microbatch=None, group=None, spoil=lambda policy: None):
-    """One dpg_step of a fresh policy, and its parameters after."""
-    policy, reference = gpt2(4, seed=3), gpt2(4, seed=4)
-    spoil(policy)
-    reward = partial(metagradient, filled(Bare(5), 5), optimizer=AdamW(0.1, eps_root=0.1), steps=2,
-                     metric=lm_metric(filled(Bare(5), 5), WANTED), per_token=True, method="replay",
-                     microbatch=microbatch, group=group)
-    result = dpg_step(policy, torch.optim.AdamW(policy.parameters(), lr=0.1),
-                      prompts_of([1], [2, 1, 1], [3, 1], [1, 1]),
-                      partial(Rollouts.examples, start=4), reward, samples=3, max_new_tokens=3,
-                      seed=5, group_size=6, baseline="loo", scale=True, discount=0.5,
-                      entropy_coef=0.1, kl_coef=0.2, reference=reference, microbatch=microbatch,
-                      group=group)
-    return result, flat(start(policy))
-
-
-def check_step(found, wanted):
-    (one, policy), (two, twin) = wanted, found
-    assert all(torch.equal(a, b) for a, b in zip(one.rollouts, two.rollouts))
-    check_same(two.attribution, one.attribution)
-    close(two.advantages, one.advantages, 1e-10)
-    close(twin, policy, 1e-10)
-    assert abs(two.entropy - one.entropy) + abs(two.kl - one.kl) < 1e-10
-
-
 def test_12_a_step_in_micro_batches_and_in_a_world_of_one():
-    check_step(a_step(microbatch=2), a_step())
+    check_same(a_step(microbatch=2), a_step())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        check_step(a_step(2, dist.group.WORLD), a_step())
+        check_same(a_step(2, dist.group.WORLD), a_step())
     finally:
         dist.destroy_process_group()
 
@@ -1482,107 +1356,103 @@ def routed(model, tokens):
                for head, here in ((model.head, chosen), (model.other, ~chosen)) if here.any())
 
 
-def summed(model, tokens):
-    """Two parameters enter as a sum: autograd returns one tensor as the gradient of both."""
-    return model.hidden(tokens) @ (model.head.weight + model.more).T
-
-
-TWO = [(lambda: altered(routed, other=nn.Linear(3, 4)), False, None, AdamW(0.1, eps_root=1e-2)),
-       (gpt2, False, None, SGD(0.3)), (gpt2, True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2)),
-       (lambda: altered(summed, more=nn.Parameter(torch.zeros(4, 3))), False, None, SGD(0.3))]
-
-
 def process(rank, folder):
-    """One of two: its results to a file."""
+    """One of two: what it finds is its part of what one process finds."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    group, rows, short = dist.group.WORLD, slice(rank, None, 2), subset(batch(0), slice(4 - rank))
-    found = [metagradient(  # of 4 minibatches of 2
-        target(), subset(batch(0, n=8), rows), lm_metric(target(), batch(9)), optimizer, steps=4,
-        per_token=per_token, method="replay", microbatch=microbatch, checkpoint_every=3,
-        group=group) for target, per_token, microbatch, optimizer in TWO]
-    refused("one shape", metagradient, gpt2(), short, lm_metric(gpt2(), batch(9)), SGD(0.1),
+    group, data, metric = dist.group.WORLD, batch(0, n=8), lm_metric(gpt2(), batch(9))
+    for model, per_token, microbatch, optimizer in (
+            (altered(routed, other=nn.Linear(3, 4)), False, None, AdamW(0.1, eps_root=1e-2)),
+            (gpt2(), False, None, SGD(0.3)),
+            (gpt2(), True, 1, AdamW(0.1, (0.7, 0.9), eps_root=1e-2)),
+            (altered(lambda model, tokens: model.hidden(tokens) @ (  # one tensor, two gradients
+                model.head.weight + model.more).T, more=nn.Parameter(torch.zeros(4, 3))),
+             False, None, SGD(0.3))):
+        run = partial(metagradient, model, metric=lm_metric(model, batch(9)), optimizer=optimizer,
+                      steps=4, per_token=per_token)
+        found = run(subset(data, slice(rank, None, 2)), method="replay", microbatch=microbatch,
+                    checkpoint_every=3, group=group)  # of 4 minibatches of 2
+        whole = run(data)
+        check_same(found, whole._replace(tau=whole.tau[rank::2]))
+    refused("one shape", metagradient, gpt2(), subset(data, slice(4 - rank)), metric, SGD(0.1),
             method="replay", group=group)
-    step = a_step(2, group)
-    # NaN in one process only
+    check_same(a_step(2, group), a_step())
     refused("wte", a_step, 2, group, lambda policy: rank and next(policy.parameters()).
-            register_hook(lambda g: g * NAN), error=NotFinite)
-    # A parameter that only one process's rows reach.
-    apart = a_step(2, group, lambda policy: rank and policy.transformer.h[0].mlp.
-                   register_forward_hook(lambda *parts: parts[-1].detach()))[1]
-    torch.save((found, step, apart), f"{folder}/{rank}.pt")
+            register_hook(lambda g: g * NAN), error=NotFinite)  # NaN in one process only
+    apart, both = a_step(2, group, lambda policy: rank and policy.transformer.h[0].mlp.
+                         register_forward_hook(lambda *parts: parts[-1].detach()))[1], [None] * 2
+    dist.all_gather_object(both, apart)  # a parameter that the rows of one alone reach
+    assert torch.equal(*both)
     dist.destroy_process_group()
 
 
 @slow
 def test_12_two_processes_are_one(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for i, (target, per_token, _, optimizer) in enumerate(TWO):
-        want = metagradient(target(), batch(0, n=8), lm_metric(target(), batch(9)), optimizer,
-                            steps=4, per_token=per_token)
-        for rank, (found, *_) in enumerate(results):
-            check_same(found[i], want._replace(tau=want.tau[rank::2]))
-    for _, step, apart in results:
-        check_step(step, a_step())
-        assert torch.equal(apart, results[0][-1])
 
 
 @slow
-@pytest.mark.parametrize("name, options", [
-    ("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {}),
-    ("Mistral", {"sliding_window": 4}), ("Gemma", {}),
-    ("Gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 4}),
-    ("Gemma3Text", {"sliding_window": 4, "query_pre_attn_scalar": 4})])
-def test_12_real_models(tmp_path, name, options):
+@pytest.mark.parametrize("name, tied", [
+    ("Llama", False), ("Llama", True), ("Qwen2", False), ("Qwen3", False), ("Mistral", False),
+    ("Gemma", True), ("Gemma2", True), ("Gemma3Text", True)])
+def test_12_real_models(tmp_path, name, tied):
     """As loaded. Their norms and rotations compute in float32, which limits the differences."""
-    tied = {"tie_word_embeddings": False} if name in ("Llama", "Qwen2") else {}
-    config = getattr(transformers, name + "Config")(**{**dict(
+    config = getattr(transformers, name + "Config")(
         vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2, head_dim=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0), **tied, **options})
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, sliding_window=4, query_pre_attn_scalar=4,
+        tie_word_embeddings=tied)
     filled(transformers.AutoModelForCausalLM.from_config(config), 1, 0.3).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     model.get_input_embeddings().padding_idx = None
     how = (model, batch(1, vocab=13), lm_metric(model, batch(51, vocab=13)),
-           AdamW(0.05, (0.7, 0.9), 1e-3, 1e-2))
-    _, wanted = differences(*how, 2, torch.ones(4, dtype=torch.float64), 1e-2)
+           AdamW(0.05, (0.7, 0.9), 1e-3, 1e-2), 2)
     for method in ("unroll", "replay"):
-        close(metagradient(*how, steps=2, method=method).tau, wanted, 1e-3)
-    assert error(first_order(*how, steps=2).tau, wanted) > 5e-3
+        check_differences(partial(metagradient, method=method), *how, 1e-3, 1e-2)
+    bites(check_differences, first_order, *how, 5e-3, 1e-2)
     draw = partial(generate, model.float(), samples=2, max_new_tokens=3)
     rollouts = draw(prompts_of([1], [2, 1, 1]), seed=[5, 6])
     assert torch.equal(rollouts.tokens[:2], draw(prompts_of([1]), seed=[5]).tokens)  # no padding
     assert token_log_probs(model, rollouts).isfinite().all()
 
 
+class Evil:
+    def __reduce__(self):
+        return warnings.warn, ("executed",)
+
+
 @slow
-def test_12_an_interrupted_run_resumes(shortened, stops, monkeypatch, tmp_path):
-    """The same in one process, with the state that only the shuffled control has."""
-    prompts, folder = tmp_path / "prompts", tmp_path / "out"
+def test_12_an_interrupted_run_resumes(shortened, recwarn, tmp_path):
+    """A full disk, and files of other runs. The state that only the shuffled control has is in."""
+    prompts, folder, write = tmp_path / "prompts", tmp_path / "out", pathlib.Path.write_bytes
     prompts.write_text("\n".join(f"the cat has {i} boats" for i in range(12)))
     how = ("--steps", "4", "--reward", "shuffled", "--prompts", str(prompts))
     wanted, checkpoint = shortened("uuid", *how, out=tmp_path / "whole"), folder / "checkpoint.pt"
-    main, lab, resume = demo("uuid").main, demo("uuid").common.Lab, ["--resume", str(folder)]
-    save = lab.checkpoint
+    main, resume = demo("uuid").main, ["--resume", str(folder)]
 
-    def stop(lab, optimizer, decay, history):
-        if len(history) == 3:  # the metrics of step 2 are written, its checkpoint is not
-            raise KeyboardInterrupt
-        save(lab, optimizer, decay, history)
+    def full(path, content):
+        if path.parent.name == "early" or path.name == "checkpoint.pt.new" and (
+                folder / "metrics.jsonl").read_text().count("\n") == 3:  # of step 2
+            write(path, bytes(content)[:99])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lab, "checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            main([*how, "--out", str(folder)])
+    with mock.patch.object(pathlib.Path, "write_bytes", full):
+        stops("No space left", main, [*how, "--out", str(tmp_path / "early")])
+        stops("No space left.*--resume", main, [*how, "--out", str(folder)], status=1)
     stops("a run of uuid.py", demo("l2_norm").main, resume)
     stops("give it alone", main, [*resume, "--steps", "5"])
     stops("no run was begun there", main, ["--resume", str(tmp_path)])
+    torch.save({"policy": Evil()}, evil := io.BytesIO())
     for path, content, why in ((prompts, b"a\nb\nc\nd\ne", "has changed"), (
-            checkpoint, b"", "damaged"), (checkpoint, checkpoint.read_bytes()[:999], "damaged")):
+            checkpoint, b"", "damaged"), (checkpoint, checkpoint.read_bytes()[:999], "damaged"), (
+            checkpoint, evil.getvalue(), "damaged")):
         kept = path.read_bytes()
         path.write_bytes(content)
         stops(why, main, resume)
         path.write_bytes(kept)
+    assert "executed" not in [str(w.message) for w in recwarn]
+    with pytest.warns(match="executed"):  # it would have been
+        torch.load(io.BytesIO(evil.getvalue()), weights_only=False)
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 3, "ph')  # as if it had been killed while writing
     main(resume)
@@ -1591,49 +1461,37 @@ def test_12_an_interrupted_run_resumes(shortened, stops, monkeypatch, tmp_path):
 
 
 @slow
-def test_12_torchrun(person, tmp_path):
+def test_12_torchrun(tmp_path):
     """Two processes write what one writes."""
-    person[0].communicate()
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                    ROOT / "demos/uuid.py", "--steps", "2", "--out", "two"], check=True,
-                   capture_output=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    one, two = written(person[1])[1], written(tmp_path / "two")[1]
-    assert len(two) == 2
-    for a, b in zip(one, two, strict=True):
+    demo("uuid").main(["--steps", "2", "--out", str(tmp_path / "one")])
+    *_, two = person(tmp_path, "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    for a, b in zip(written(tmp_path / "one")[1], two, strict=True):
         assert a["best"] == b["best"]
         assert [a["phi"], a["kl"]] == pytest.approx([b["phi"], b["kl"]], abs=1e-5)
 
 
 @slow
-def test_12_two_tokenizers(shortened, stops, tmp_path):
+def test_12_two_tokenizers(shortened, tmp_path):
     """A target with a token for each character, and texts that were cut off before their end."""
-    folder, common = str(tmp_path / "characters"), demo("uuid").common
-    letters = ["<end>", "<what>", *"abcdefghijklmnopqrstuvwxyz0123456789-äöüéñ "]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {letter: i for i, letter in enumerate(letters)}, unk_token="<what>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>",
-                                                     bos_token="<end>", unk_token="<what>")
-    tokenizer.save_pretrained(folder)
-    filled(GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(letters), n_positions=400, n_embd=8, n_layer=1, n_head=2, bos_token_id=0,
-        eos_token_id=0)), 0, 0.02).float().save_pretrained(folder)
-    lab = common.Lab(common.parser("demo.py", "", steps=0, target=folder),
-                     ["--out", str(tmp_path / "lab")])
-    texts, end = [" the king buys a book", " the king", ""], lab.tokenizer.eos_token_id
-    ids = [lab.tokenizer(text).input_ids + [end] for text in texts]
-    width = len(ids[0]) - 1  # the first is cut off before its end
-    tokens = torch.tensor([(row + [end] * width)[:width] for row in ids])
-    mask = torch.tensor([([1] * len(row) + [0] * width)[:width] for row in ids])
+    letters = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz0123456789-äöüéñ "]
+    folder = variant(tmp_path, dict(n_positions=400, n_embd=8, vocab_size=len(letters)), tokenizer={
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated",
+                          "invert": False},
+        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(letters)},
+                  "unk_token": letters[0]}})
+    here = lab(tmp_path, target=folder)
+    texts = [" the king buys a book", " the king", ""]
+    rows = here.tokenizer([text + here.tokenizer.eos_token for text in texts], padding=True,
+                         padding_side="right", return_tensors="pt")
+    tokens, mask = rows.input_ids[:, :-1], rows.attention_mask[:, :-1]  # cuts the first one's end
     rollouts = Rollouts(tokens, mask, tokens, mask)
-    rows = lab.encode(rollouts)
+    rows = here.encode(rollouts)
     longer = rollouts._replace(tokens=torch.full_like(tokens, tokens[0, 0]))  # whatever is written
-    assert lab.encode(longer).tokens.shape == rows.tokens.shape and len(texts[0]) < len(rows[0][0])
+    assert here.encode(longer).tokens.shape == rows.tokens.shape and len(texts[0]) < len(rows[0][0])
     for row, labels, text, whole in zip(*rows, texts, (False, True, True), strict=True):
         said = row[labels.bool()].tolist()
-        assert tokenizer.decode(said, skip_special_tokens=True) == text
-        assert (said[-1] == tokenizer.eos_token_id) == whole and row[0] == lab.start
+        assert here.target_tokenizer.decode(said, skip_special_tokens=True) == text
+        assert (said[-1] == here.end) == whole and row[0] == here.start
     result, metrics = shortened("uuid", "--target", folder)
     assert result["credit"] == "example" and math.isfinite(metrics[1]["phi"])
     stops("--credit token", shortened, "uuid", "--target", folder, "--credit", "token")
@@ -1641,46 +1499,34 @@ def test_12_two_tokenizers(shortened, stops, tmp_path):
 
 
 @slow
-def test_12_generators_of_another_make(stops, tmp_path):
+def test_12_generators_of_another_make(tmp_path):
     """A text ends with the tokenizer's end, whatever the generation config says; prompts do not."""
-    common, tiny, snow = demo("uuid").common, ROOT / TINY, tmp_path / "snow"
-    snow.write_text("\n".join([*"abcde", "a \N{SNOWMAN} melts"]))
-
-    def lab(*arguments, **changed):  # a copy of tiny-lm with changed files
-        folder = shutil.copytree(tiny, tmp_path / "lm", dirs_exist_ok=True)
-        for name, change in changed.items():
-            content = json.loads((tiny / f"{name}.json").read_text())
-            (folder / f"{name}.json").write_text(json.dumps(content | change))
-        return common.Lab(common.parser("demo.py", "", steps=0, target=str(tiny)), [
-            "--generator", str(folder), "--out", str(tmp_path / "out"), *arguments])
-
-    end, none = lab().tokenizer.eos_token_id, {"eos_token_id": None}
-    endless = lab(generation_config=none, config=none)
+    (tmp_path / "snow").write_text("\n".join([*"abcde", "a \N{SNOWMAN} melts"]))
+    make, none = partial(lab, tmp_path), {"eos_token_id": None}
+    end = make().tokenizer.eos_token_id
+    endless = make(generation_config=none, config=none)
     assert endless.policy.generation_config.eos_token_id == [end]
     rollouts = endless.rollouts(endless.policy, ["the king buys a book"], max_new_tokens=30)
     assert not rollouts.mask.all() and end in rollouts.tokens
-    two = lab(generation_config={"eos_token_id": 5})
+    two = make(generation_config={"eos_token_id": 5})
     assert two.policy.generation_config.eos_token_id == sorted({5, end})
-    padless = lab(tokenizer_config={"pad_token": "<none>"})  # its id is outside the vocabulary
-    assert padless.tokenizer.pad_token_id == end
+    assert make(tokenizer_config={"pad_token": "<unknown>"}).tokenizer.pad_token_id == end
     after = {"post_processor": {"type": "TemplateProcessing", "pair": [], "single": [
         {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "end", "type_id": 0}}],
         "special_tokens": {"end": {"id": "end", "ids": [end], "tokens": ["<|endoftext|>"]}}}}
-    stops("does not know a character of", lab, "--prompts", str(snow))
-    stops("puts an end of text after a prompt", partial(lab, tokenizer=after))
-    stops("has no end of text", partial(lab, tokenizer_config={"eos_token": None}, config=none,
+    stops("does not know a character of", make, "--prompts", str(tmp_path / "snow"))
+    stops("puts an end of text after a prompt", partial(make, tokenizer=after))
+    stops("has no end of text", partial(make, tokenizer_config={"eos_token": None}, config=none,
                                         generation_config=none))
 
 
 @slow
 def test_12_chats_and_the_papers_preset(shortened, tmp_path):
-    common, chat = demo("uuid").common, shutil.copytree(ROOT / TINY, tmp_path / "chat")
-    (chat / "chat_template.jinja").write_text(
-        "{% for m in messages %}to {{ m.role }}: {{ m.content }}{% endfor %} answer:")
-    lab = common.Lab(common.parser("demo.py", "", steps=0, target="fresh"),
-                     ["--generator", str(chat), "--out", str(tmp_path / "a")])
-    tokens, mask = lab.prompts(["the king", "a king"])
-    said = lab.tokenizer.decode(tokens[1][mask[1].bool()], skip_special_tokens=True)
+    common = demo("uuid").common
+    chat = lab(tmp_path, target="fresh", tokenizer_config={"chat_template": (
+        "{% for m in messages %}to {{ m.role }}: {{ m.content }}{% endfor %} answer:")})
+    tokens, mask = chat.prompts(["the king", "a king"])
+    said = chat.tokenizer.decode(tokens[1][mask[1].bool()], skip_special_tokens=True)
     assert said.startswith("to user: Rephrase") and said.endswith("a king answer:")
     assert (mask[1, 0], mask[1, -1]) == (0, 1)
     for name, steps in (("uuid", 360), ("language", 120)):
@@ -1692,33 +1538,6 @@ def test_12_chats_and_the_papers_preset(shortened, tmp_path):
                                     TINY, "--microbatch", "8", "--steps", "1")
         assert result["credit"] == "example" and metrics[0]["kl"] is None and len(metrics) == 1
     assert common.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)
-
-
-def test_12_the_reward_function_for_trl(monkeypatch):
-    """The README's blocks, with a stand-in for the trainer: it calls the reward as TRL does."""
-    completions, seen, names = [[10, 20, 0], [30], [20, 20, 20, 20, 10], [40, 0]], {}, {}
-
-    def trainer(policy, reward, config, **how):
-        seen.update(how)
-        return types.SimpleNamespace(train=lambda: seen.update(rewards=reward(
-            prompts=["a"] * 4, completions=["b"] * 4, completion_ids=completions,
-            trainer_state=None)))
-
-    trl, datasets = types.ModuleType("trl"), types.ModuleType("datasets")
-    trl.GRPOTrainer, trl.GRPOConfig = trainer, lambda out, **how: types.SimpleNamespace(**how)
-    datasets.Dataset = types.SimpleNamespace(from_dict=lambda columns: columns)
-    monkeypatch.setitem(sys.modules, "trl", trl)
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
-    monkeypatch.chdir(ROOT)
-    for code in README:
-        exec(code, names)
-    tokens, mask = torch.zeros(4, 25, dtype=torch.int64), torch.zeros(4, 25)
-    for i, row in enumerate(completions):
-        tokens[i, 1:1 + len(row)], mask[i, 1:1 + len(row)] = torch.tensor(row), 1
-    tokens[:, 0] = names["tokenizer"].eos_token_id
-    tau = metagradient(names["target"], Examples(tokens, mask), names["phi"], names["inner"]).tau
-    close(torch.tensor(seen["rewards"]), tau / tau.square().mean().sqrt(), 1e-4)
-    assert seen["train_dataset"]["prompt"]
 
 
 # ---------------------------------------------------------------- 13: nothing silently wrong
@@ -1734,8 +1553,7 @@ def tensors_in(result):
     return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
-@given(st.data())
-@settings(max_examples=2500)
+@drawn(2500, data=st.data())
 def test_13_malformed_calls_end_in_a_documented_error(data):
     """A ValueError that is raised by dpg.py and names an argument; or finite numbers."""
     call = data.draw(st.sampled_from(WHOLE))
@@ -1766,32 +1584,24 @@ def test_13_nothing_random_is_used_and_nothing_differs():
     torch.set_num_threads(1)
 
 
-def blown(model, tokens):
-    """Its logits overflow as soon as its embedding has moved."""
-    far = (model.embed.weight - model.first).abs().max() > 1e-6
-    return Bare.forward(model, tokens) * (INF if far else 1)
-
-
-def recomputed(model, tokens):
-    """Checkpointing would compute backward with the model's own parameters, not the trained."""
-    return checkpoint(partial(Bare.forward, model), tokens, use_reentrant=False)
-
-
 @each_method
 def test_13_where_numbers_end(method):
     """NaN, infinity, and what has no derivative: the step, the example, the cause."""
-    model, moved, spare = altered(blown), altered(blown), altered(spare=nn.Linear(2, 2))
-    model.first = model.embed.weight.detach().clone()
-    moved.first = model.first + 1
+    spare, moved = altered(spare=nn.Linear(2, 2)), altered(lambda model, tokens: Bare.forward(
+        model, tokens) * (1 if torch.equal(model.embed.weight, model.first) else INF))
+    moved.first = moved.embed.weight.detach().clone()
     for why, target, metric, error in (
-            ("loss of step 1 .* lower lr", model, torch.sum, NotFinite),
-            ("step 0 .* the model itself", moved, torch.sum, NotFinite),
+            ("loss of step 1 .* lower lr", moved, torch.sum, NotFinite),
+            ("step 0 .* the model itself", altered(
+                lambda model, tokens: Bare.forward(model, tokens) * INF), torch.sum, NotFinite),
             ("metric is nan", Bare(), lambda x: x.sum() * NAN, NotFinite),
-            ("tau of example .0. ", spare, lambda x: (0 * x.sum()).abs().sqrt(), NotFinite),
+            (r"example (0 .*step 0|\[0)", spare, lambda x: (0 * x.sum()).abs().sqrt(), NotFinite),
             ("model must return", altered(lambda model, tokens: (tokens,)), torch.sum, ValueError),
             ("model must return", altered(lambda model, tokens: Bare.forward(model, tokens)[None]),
              torch.sum, ValueError),
-            ("activation checkpointing", altered(recomputed), torch.sum, RuntimeError)):
+            ("activation checkpointing", altered(lambda model, tokens: checkpoint(
+                partial(Bare.forward, model), tokens, use_reentrant=False)), torch.sum,
+             RuntimeError)):
         for per_token in (False, True):
             refused(why, metagradient, target, batch(0, n=6), lambda p: metric(p["embed.weight"]),
                     SGD(0.1), steps=3, method=method, per_token=per_token, error=error)
@@ -1836,50 +1646,7 @@ def test_13_temperature_0_and_masks_of_any_type():
         close(lm_metric(model, data._replace(mask=data.mask.to(dtype)))(start(model)), want, 1e-12)
 
 
-def test_13_improbable_tokens_are_drawn():
-    """24 random bits, all that a float32 has, would cut what is less likely than 2^-24."""
-    gumbel = dpg._gumbel(1.0, 8, [1, 2], "cpu")(None, torch.zeros(16, 2**17))
-    small = (-gumbel).exp()[gumbel > 11].double() * 2**24  # of the exponential variables behind it
-    assert len(small) > 20 and (small - small.round()).abs().max() > 0.1
-
-
-def test_13_nothing_in_a_checkpoint_is_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return pathlib.Path.touch, (tmp_path / "touched",)
-
-    common, folder = demo("uuid").common, tmp_path / "run"
-    lab = common.Lab(common.parser("demo.py", "", steps=0, target="fresh"), ["--out", str(folder)])
-    lab.args.resume = str(folder)
-    torch.save({"policy": Evil()}, folder / "checkpoint.pt")
-    refused("2", lab.restore, None, None, error=SystemExit)
-    assert not (tmp_path / "touched").exists()
-    torch.load(folder / "checkpoint.pt", weights_only=False)
-    assert (tmp_path / "touched").exists()  # it would have been
-
-
-@slow
-def test_13_a_full_disk_leaves_the_last_state(shortened, stops, monkeypatch, tmp_path):
-    write, out, main = pathlib.Path.write_bytes, tmp_path / "out", demo("uuid").main
-
-    def full(path, content):
-        early = path.name == "arguments.json.new" and path.parent.name == "early"
-        if early or (path.name == "checkpoint.pt.new"
-                     and (out / "metrics.jsonl").read_text().count("\n") == 2):
-            write(path, bytes(content)[:99])
-            raise OSError(28, "No space left on device")
-        return write(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_bytes", full)
-        stops("No space left", main, ["--steps", "3", "--out", str(tmp_path / "early")])
-        stops("No space left.*--resume", main, ["--steps", "3", "--out", str(out)], status=1)
-    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["history"]) == 1
-    main(["--resume", str(out)])
-    assert len(written(out)[1]) == 3
-
-
-def test_13_estimators(stops, monkeypatch, tmp_path):
+def test_13_estimators(monkeypatch, tmp_path):
     """The demo on few problems: what is exact is, and half weights are closer than tau."""
     module = demo("estimators")
     one = dict(list(module.SETTINGS.items())[:1])
@@ -1897,7 +1664,7 @@ def test_13_estimators(stops, monkeypatch, tmp_path):
 
 
 @slow
-def test_13_benchmark(stops, tmp_path):
+def test_13_benchmark(tmp_path):
     """On a tiny problem: every variant is timed, and all attribute the same."""
     main = demo("benchmark").main
     main(["--out", str(tmp_path), *(
@@ -1915,16 +1682,6 @@ def test_13_benchmark(stops, tmp_path):
 
 # ---------------------------------------------------------------- 14: models against the truth
 
-def ahead(model, tokens):  # each position sees a little of the next
-    seen = nn.functional.pad(model.embed(tokens)[:, 1:], (0, 0, 0, 1))
-    return model.head((model.embed(tokens).cumsum(1) + 0.1 * seen).tanh())
-
-
-def forgetful(model, tokens):  # each call changes the next
-    model.calls = getattr(model, "calls", 0) + 1
-    return Bare.forward(model, tokens) * (1 + 1 / model.calls)
-
-
 def normed(model, tokens):
     return model.norm(Bare.forward(model, tokens).transpose(1, 2)).transpose(1, 2)
 
@@ -1940,7 +1697,7 @@ def checked(model, dtype=torch.float64, **how):
     return check_target(model.to(dtype), batch(3), lm_metric(model, batch(50)), **how)
 
 
-@drawn(20, **usual, per_token=st.booleans(), method=st.sampled_from(["unroll", "replay"]),
+@drawn(20, **usual, per_token=st.booleans(), method=methods,
        dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_14_check_target_passes_what_is_right(model, seed, optimizer, per_token, method, dtype):
     off = checked(model, dtype, seed=seed, optimizer=optimizer, per_token=per_token, method=method)
@@ -1952,8 +1709,11 @@ def test_14_check_target_passes_what_is_right(model, seed, optimizer, per_token,
         (hidden := model.hidden(tokens)) / hidden.norm(dim=-1, keepdim=True).detach()))),
     ("draws random numbers", altered(lambda model, tokens: Bare.forward(model, tokens) * (
         not model.training or torch.rand(()) < 0.999)).train()),  # as LayerDrop, and routers
-    ("later tokens", altered(ahead)), ("later tokens", bert()),
-    ("calls differ", altered(forgetful)),
+    ("later tokens", altered(lambda model, tokens: model.head((
+        model.embed(tokens).cumsum(1) + 0.1 * model.embed(tokens.roll(-1, 1))).tanh()))),
+    ("later tokens", bert()),
+    ("calls differ", altered(lambda model, tokens: Bare.forward(model, tokens) * (
+        1 + 1 / next(model.calls)), calls=iter(range(1, 999)))),
     ("draws random numbers", GPT2LMHeadModel(gpt2().config).train()),
     ("changes its buffers", altered(normed, norm=nn.BatchNorm1d(4)).train()),
     ("other rows", altered(normed, norm=nn.BatchNorm1d(4, track_running_stats=False)))])
@@ -1963,7 +1723,7 @@ def test_14_check_target_says_what_is_wrong(why, model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_14_check_target_does_not_pass_what_it_cannot_tell(monkeypatch):
+def test_14_check_target_does_not_pass_what_it_cannot_tell():
     model = filled(Bare(), 0)
     assert checked(model, optimizer=SGD(1e-6)) < 0.01
     refused("double", checked, filled(Bare(), 0), torch.float32, optimizer=SGD(1e-6))
@@ -1971,12 +1731,11 @@ def test_14_check_target_does_not_pass_what_it_cannot_tell(monkeypatch):
             lambda p: 0 * p["head.weight"].sum(), SGD(0.1))
     phi = lm_metric(model, batch(50))
     for unit in (1e-3, 1e3):
-        assert check_target(model, batch(3), lambda p: unit * phi(p), SGD(0.1)) < 1e-4
+        how = model, batch(3), lambda p: unit * phi(p), SGD(0.1)
+        assert check_target(*how) < 1e-4
         for factor in (-1, 1.01):
-            with monkeypatch.context() as patch:
-                patch.setattr(dpg, "metagradient", times(factor))
-                refused("tau is off", check_target, model, batch(3), lambda p: unit * phi(p),
-                        SGD(0.1))
+            with mock.patch.object(dpg, "metagradient", times(factor)):
+                refused("tau is off", check_target, *how)
 
 
 class Wrapper(nn.Module):
@@ -2011,6 +1770,16 @@ def test_14_check_policy_and_what_generate_sets():
     assert torch.equal(found.tokens, generate(gpt2(), prompts, **how).tokens)
 
 
+def test_14_improbable_tokens_are_drawn():
+    """24 random bits, all that a float32 has, would cut what is less likely than 2^-24."""
+    policy, seen = Wrapper(gpt2()), []
+    policy.generate = lambda tokens, logits_processor, **_: seen.append(logits_processor[0](
+        tokens, torch.zeros(16, 2**17))) or tokens
+    generate(policy, prompts_of([1], [2]), samples=8, max_new_tokens=1, seed=[1, 2])
+    small = (-seen[0]).exp()[seen[0] > 11].double() * 2**24  # the exponential variables behind it
+    assert len(small) > 20 and (small - small.round()).abs().max() > 0.1
+
+
 def test_14_a_module_with_two_names_is_swapped_once():
     model, one = altered(lambda model, tokens: model.head(
         model.also(tokens).cumsum(1).tanh())), filled(Bare(), 0)
@@ -2042,23 +1811,18 @@ def test_14_logits_that_are_not_finite():
 
 
 def test_14_a_half_precision_policy_that_does_not_move_is_told(recwarn):
-    policy, reward = gpt2(53).bfloat16(), partial(
-        metagradient, filled(Bare(54), 5), metric=lambda p: p["head.weight"].sum(),
-        optimizer=SGD(0.1))
+    policy = gpt2(53).bfloat16()
     for rate, told in ((1e-2, 0), (1e-6, 1)):
-        plain_step(policy, reward, torch.optim.AdamW, rate)
+        plain_step(policy, optimizer=torch.optim.AdamW, lr=rate)
         assert len([w for w in recwarn if "raise the rate" in str(w.message)]) == told
 
 
 def test_14_nothing_is_made_on_the_default_device():
     model, data, metric = filled(Bare(), 0), batch(0), lm_metric(filled(Bare(), 0), batch(50))
     ones = torch.ones(4, 5)
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         for method in ("unroll", "replay"):
             tau = metagradient(model, data, metric, AdamW(0.1), steps=2, method=method).tau
             assert tau.device == data.tokens.device
         assert check_target(model, data, metric, SGD(0.1)) < 1e-4
         assert advantages(ones, data.mask, discount=0.5).device == ones.device
-    finally:
-        torch.set_default_device(None)
