@@ -37,6 +37,10 @@ so small that every dataset of n texts is trained on: expectations are sums, not
     NaN, infinity; a full disk; hostile files   `NotFinite`; the last state; nothing executed
     two equal calls, on one and two threads     equal, no random state used              0
 14  check_target, check_policy                  right models pass; each wrong one is told why
+15  the first step of a replay, forward-mode    unroll, also where a layer forbids it    1e-10
+    TF32 set by the caller                      not in a run; set again after it         exact
+
+All of it runs on a GPU where there is one.
 
 `pytest -s` prints what was measured: errors, slopes, variance ratios and the biases of baselines.
 """
@@ -84,6 +88,8 @@ settings.register_profile("dpg", derandomize=True, deadline=None, max_examples=8
                           phases=[Phase.generate])  # a smaller seed explains nothing
 settings.load_profile("dpg")
 torch.set_num_threads(1)  # tensors this small only make threads wait for each other
+if torch.cuda.is_available():
+    torch.set_default_device("cuda")
 transformers.utils.logging.disable_progress_bar()
 with warnings.catch_warnings():  # markers are declared in files that this project does not have
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -95,7 +101,9 @@ NAN, INF = math.nan, math.inf
 # ---------------------------------------------------------------- instances and small oracles
 
 def randn(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    numbers = torch.Generator("cpu").manual_seed(seed)  # the same on every device
+    return torch.randn(shape, generator=numbers, dtype=torch.float64, device="cpu").to(
+        torch.get_default_device())
 
 
 def filled(model, seed, scale=0.5):
@@ -289,6 +297,7 @@ def check_differences(tau_of, model, data, metric, optimizer, steps, tolerance=1
     result = tau_of(model, data, metric, optimizer, steps=steps, **how)
     close(result.tau, central(phi, at, h), tolerance)
     assert abs(result.metric - phi(at).item()) <= 1e-12
+    return result.tau
 
 
 @drawn(24, **usual, steps=st.sampled_from([1, 2, 3, 4]), method=methods, per_token=st.booleans(),
@@ -904,7 +913,7 @@ def test_9_what_is_wrong_is_named_before_work_is_done():
             partial(advantages, one, ones, discount=0, group_size=4), partial(
                 token_log_probs, policy, Rollouts(*[torch.ones(4, 6, dtype=int)] * 2, ones, ones))):
         right()
-    for mode in torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+    for mode in (torch.autocast(ones.device.type, torch.bfloat16), torch.inference_mode()):
         with mode:
             refused("model", sft, policy, batch(0), SGD(0.1))
 
@@ -1187,7 +1196,7 @@ def test_11_what_a_reader_reads(monkeypatch, text):
     qr, patterns = demo("qr_code"), demo("qr_code").patterns
     code = qr.qr_code(text)
     assert code.shape == (21, 21) and qr.read(code) == text
-    assert qr.read(torch.randn(21, 21, generator=torch.Generator().manual_seed(0)).sign()) is None
+    assert qr.read(randn(0, 21, 21).sign()) is None
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))  # no blocks
     assert torch.equal(patterns.parse(patterns.blocks(code, colour=False), "plain"), code)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
@@ -1406,8 +1415,9 @@ def test_12_real_models(tmp_path, name, tied):
     model.get_input_embeddings().padding_idx = None
     how = (model, batch(1, vocab=13), lm_metric(model, batch(51, vocab=13)),
            AdamW(0.05, (0.7, 0.9), 1e-3, 1e-2), 2)
-    for method in ("unroll", "replay"):
-        check_differences(partial(metagradient, method=method), *how, 1e-3, 1e-2)
+    taus = [check_differences(partial(metagradient, method=method), *how, 1e-3, 1e-2)
+            for method in ("unroll", "replay")]
+    close(*taus, 1e-6 if name in ("Gemma", "Gemma2") else 1e-10)
     bites(check_differences, first_order, *how, 5e-3, 1e-2)
     draw = partial(generate, model.float(), samples=2, max_new_tokens=3)
     rollouts = draw(prompts_of([1], [2, 1, 1]), seed=[5, 6])
@@ -1826,3 +1836,82 @@ def test_14_nothing_is_made_on_the_default_device():
             assert tau.device == data.tokens.device
         assert check_target(model, data, metric, SGD(0.1)) < 1e-4
         assert advantages(ones, data.mask, discount=0.5).device == ones.device
+
+
+# ---------------------------------------------------------------- 15: forward mode, full precision
+
+class Doubled(torch.autograd.Function):
+    """2 x, with a derivative in each mode; counts the forward ones."""
+    generate_vmap_rule, tangents = False, []
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, adjoint):
+        return 2 * adjoint
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        Doubled.tangents.append(tangent.shape)
+        return 2 * tangent
+
+
+class Straight(Doubled):
+    """Without one."""
+    jvp = torch.autograd.Function.jvp
+
+
+@pytest.mark.parametrize("hidden", [
+    Doubled.apply, Straight.apply,
+    lambda x: x * x.detach().norm(),  # a constant in both modes
+    lambda x: x * torch.no_grad()(torch.Tensor.norm)(x),  # in backward only
+    lambda x: x.register_hook(lambda g: 3 * g) and x if x.requires_grad else x])
+def test_15_the_first_step_of_a_replay_is_that_of_the_unroll(hidden):
+    model = altered(lambda model, tokens: model.head(hidden(model.hidden(tokens) + 0)))
+    for optimizer, steps, per_token in (
+            (SGD(0.1), 1, False), (AdamW(0.1, eps_root=0.1), 1, True), (SGD(0.1), 3, True)):
+        run = partial(metagradient, model, batch(0, n=12), lm_metric(model, batch(9)), optimizer,
+                      steps=steps, per_token=per_token, microbatch=2)
+        Doubled.tangents.clear()
+        found = run(method="replay")
+        if hidden == Doubled.apply:  # one pass over the first minibatch
+            assert [n for n, *_ in Doubled.tangents] == [2] * (6 // steps)
+        check_same(found, run())
+
+
+def test_15_rows_that_reach_no_trained_parameter():
+    model = altered(routed, other=nn.Linear(3, 4))
+    model.embed.requires_grad_(False)
+    model.head.requires_grad_(False)
+    run = partial(metagradient, model, batch(0, n=6), linear(model), AdamW(0.1, eps_root=0.1),
+                  microbatch=1)
+    found = run()
+    assert 0 < found.tau.count_nonzero() < 6
+    check_same(run(method="replay"), found)
+
+
+@each_method
+@pytest.mark.parametrize("wrong", [False, True])
+def test_15_tf32_does_not_reach_a_run(method, wrong):
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    def forward(model, tokens):
+        hidden = model.hidden(tokens)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: seen.append(matmul.fp32_precision))
+        seen.append(matmul.fp32_precision)
+        return model.head(hidden)
+
+    model, before = altered(forward), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        how = (model, batch(0), lambda params: params["head.weight"].sum() * (NAN if wrong else 1))
+        with pytest.raises(NotFinite) if wrong else contextlib.nullcontext():
+            metagradient(*how, SGD(0.1), steps=2, method=method)
+        sft(model, batch(0), SGD(0.1))
+        assert set(seen) == {"ieee"} and len(seen) >= 6
+        assert torch.get_float32_matmul_precision() == "high" and matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
