@@ -29,6 +29,8 @@ so small that every dataset of n texts is trained on: expectations are sums, not
 10  a flipped sign, no Hessian, eps_root outside the root, the usual token mean as the loss, B - 1
     for B, truncated sampling, padding that is seen: a check above fails on each
 11  demos, README's and the header's examples   same seed, same numbers; what they say they print
+    influence; the LM head alone, at T = 1      gradients' dot products; all parameters  1e-4, 0
+    README's tables                             the records of the runs
 12  the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
     two processes: tau, updated generator       one process                              1e-10
     eight kinds of transformers models          central differences (float32 inside)     1e-3
@@ -54,11 +56,13 @@ import io
 import json
 import math
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
 import types
+import uuid
 import warnings
 from dataclasses import replace
 from functools import cache, partial
@@ -1038,6 +1042,12 @@ def demo(name):
     return module
 
 
+def room(name):
+    """What the demos share, as they import it."""
+    demo("uuid")
+    return sys.modules[f"demos.{name}"]
+
+
 def written(folder):
     """By a run: its result, but for the time, and its metrics."""
     rows = (folder / "metrics.jsonl").read_text().splitlines()
@@ -1048,18 +1058,19 @@ def written(folder):
 @pytest.fixture
 def shortened(monkeypatch, tmp_path):
     """Runs a demo for two steps on few prompts."""
-    common, patterns = demo("uuid").common, demo("qr_code").patterns
-    for name, value in (("PROMPTS", 8), ("HELD_OUT", 8), ("CHECK_STEPS", 3), ("CHECK_BATCH", 8)):
-        monkeypatch.setattr(common, name, value)
+    check, options, patterns = demo("uuid").check, demo("uuid").options, demo("qr_code").patterns
+    for module, name, value in ((room("models"), "HELD_OUT", 8), (check, "CHECK_STEPS", 3),
+                                (check, "CHECK_BATCH", 8)):
+        monkeypatch.setattr(module, name, value)
     for module in (patterns, demo("uuid"), demo("language")):
         monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | {"prompts": 8})
-    monkeypatch.setattr(common, "PAPER", common.PAPER | {"prompts": 8, "max_new_tokens": 37})
+    monkeypatch.setattr(options, "PAPER", options.PAPER | {"prompts": 8, "max_new_tokens": 37})
     for name, value in (("STEPS", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
         monkeypatch.setattr(demo("language"), name, value)
     monkeypatch.chdir(ROOT)
 
     def run(name, *arguments, out=tmp_path / "out"):
-        demo(name).main(["--steps", "2", "--out", str(out), *arguments])
+        demo(name).main(["--steps", "2", "--out", str(out), "--overwrite", *arguments])
         return written(out)
 
     return run
@@ -1078,10 +1089,10 @@ def variant(folder, weights=None, **files):
 
 
 def lab(folder, *arguments, target=str(ROOT / TINY), **files):
-    """The `Lab` of a demo whose generator is such a copy."""
-    common = demo("uuid").common
-    return common.Lab(common.parser("demo.py", "", steps=0, target=target), [
-        "--generator", variant(folder, **files), "--out", str(folder / "lab"), *arguments])
+    """The `Models` of a run whose generator is such a copy."""
+    parser = demo("uuid").options.parser("uuid.py", "", steps=0, target=target)
+    return demo("uuid").Run(parser, ["--generator", variant(folder, **files), "--out", str(
+        folder / "lab"), *arguments]).models
 
 
 def stops(why, call, *arguments, status=2):
@@ -1103,8 +1114,10 @@ def test_11_uuid_as_a_person_runs_it(tmp_path):
 
 @pytest.mark.parametrize("line", [
     "uuid", "sixty_seven", "qr_code --text DPG", "l2_norm", "language",
+    "sixty_seven --reward influence",
     *(pytest.param(line, marks=slow) for line in (
-        "uuid --inner sgd", "uuid --reward naive", f"uuid --target {TINY}",
+        "uuid --inner sgd", "uuid --reward naive", "l2_norm --reward influence --inner-steps 2",
+        f"uuid --target {TINY}",
         "uuid --credit example --baseline group --reward shuffled",
         "sixty_seven --inner sgd --temperature 1", "sixty_seven --reward naive --inner-steps 3",
         "l2_norm --reward naive --inner-steps 2", "language --language fr --inner sgd",
@@ -1194,11 +1207,12 @@ def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
 def test_11_what_a_reader_reads(monkeypatch, text):
     """A QR code that is drawn is read; one that is noise is not; the screen shows every pixel."""
     qr, patterns = demo("qr_code"), demo("qr_code").patterns
-    code = qr.qr_code(text)
+    rows = qr.qr_code(text)
+    code = patterns.pixels(rows)
     assert code.shape == (21, 21) and qr.read(code) == text
     assert qr.read(randn(0, 21, 21).sign()) is None
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))  # no blocks
-    assert torch.equal(patterns.parse(patterns.blocks(code, colour=False), "plain"), code)
+    assert patterns.parse(patterns.blocks(code, colour=False), "plain") == rows
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     lines = patterns.blocks(code, colour=False, margin=0).split("\n")
     drawn = [[1.0 if char in "█" + half else -1.0 for char in line]
@@ -1208,17 +1222,114 @@ def test_11_what_a_reader_reads(monkeypatch, text):
 
 def test_11_pattern_in_the_head(tmp_path):
     """Phi is the paper's formula; what a pattern's own change decodes to is the pattern."""
-    here, pattern = lab(tmp_path), demo("qr_code").qr_code("DPG")
-    canvas = demo("qr_code").patterns.Canvas(here, pattern)
+    here = lab(tmp_path)
+    canvas = demo("qr_code").patterns.Canvas(here, demo("qr_code").qr_code("DPG"))
     assert len(set(canvas.rows)) == 21 and 0 not in canvas.rows
     params = {k: p.detach().clone() for k, p in here.target.named_parameters()}
     change = torch.zeros_like(params["lm_head.weight"])
-    change[torch.tensor(canvas.rows)[:, None], torch.arange(21)] = 0.01 * pattern
+    change[torch.tensor(canvas.rows)[:, None], torch.arange(21)] = 0.01 * canvas.pattern
     for amount, accuracy in ((0, None), (1, 1), (-1, 0)):
         moved = params | {"lm_head.weight": params["lm_head.weight"] + amount * change}
         assert canvas.metric(moved).item() == pytest.approx(
             -math.log1p(math.exp(-0.2 * amount)), abs=1e-5)
         assert accuracy is None or canvas.accuracy(canvas.decode(moved)) == accuracy
+
+
+def test_11_influence_is_a_dot_product(tmp_path):
+    """Of grad Phi and the gradient of each token's loss, both before the run; Phi is after it."""
+    here = lab(tmp_path, "--reward", "influence")
+    data = here.encode(here.rollouts(here.policy, here.held_out[:2], samples=2, max_new_tokens=4))
+    metric, inner = here.likelihood(here.examples([" die Frau kauft ein Buch"])), AdamW(1e-3)
+    found = room("rewards").reward(here, metric, inner, 2, shuffle=None)(data)
+    params, wanted = dict(here.target.named_parameters()), torch.zeros(data.mask.shape)
+    slopes = grad(metric(params), list(params.values()))
+    log_probs = here.target(data.tokens[:, :-1]).logits.log_softmax(2)
+    for i, t in data.mask.nonzero().tolist():
+        loss = -log_probs[i, t - 1, data.tokens[i, t]] / data.tokens.shape[1]
+        each = grad(loss, list(params.values()), retain_graph=True)
+        wanted[i, t] = -sum((a * b).sum() for a, b in zip(slopes, each)) / len(data.tokens)
+    close(found.tau, wanted, 1e-4)
+    assert found.metric == metric(sft(here.target, data, inner, steps=2)).item()
+
+
+def test_11_where_phi_reads_the_head_the_rest_can_be_frozen(tmp_path):
+    """At T = 1 tau is the same bit for bit; afterwards all parameters move again."""
+    here, patterns = lab(tmp_path), demo("qr_code").patterns
+    data = here.encode(here.rollouts(here.policy, here.held_out[:8], max_new_tokens=9))
+    canvas, inner = patterns.Canvas(here, demo("qr_code").qr_code("DPG")), AdamW(0.5, eps_root=1e-3)
+    for metric, method in ((canvas.metric, "unroll"), (canvas.metric, "replay"),
+                           (lambda params: -params[canvas.head].norm(), "unroll")):
+        run = partial(metagradient, here.target, data, metric, inner, per_token=True, method=method)
+        with here.frozen_but(canvas.head):
+            frozen = run()
+        assert torch.equal(frozen.tau, run().tau) and frozen.metric == run().metric
+    assert all(p.requires_grad for p in here.target.parameters())
+
+
+def test_11_runs_are_kept(shortened, monkeypatch, tmp_path, capsys):
+    """A complete run stays, unless asked; the options come first in --help; checks say so."""
+    monkeypatch.chdir(tmp_path)
+    main = demo("l2_norm").main
+    for folder in ("runs/l2_norm", "runs/l2_norm-2"):
+        main(["--steps", "0"])
+        assert (tmp_path / folder / "result.json").exists()
+    stops("holds a complete run; --overwrite", main, ["--out", "runs/l2_norm"])
+    main(["--steps", "1", "--out", "runs/l2_norm", "--overwrite"])
+    assert written(tmp_path / "runs/l2_norm")[0]["steps"] == 1
+    said = capsys.readouterr().err
+    assert "check: the untrained generator writes 24 texts" in said and "  norm 45." in said
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert said.index("options:") < said.index("--seed") < said.index("Can text that was only")
+    demo("uuid").main(["--steps", "0", "--seed", "5", "--out", "u"])
+    drawn = uuid.UUID(int=random.Random(5).getrandbits(128))
+    assert written(tmp_path / "u")[0]["uuid"] == str(drawn)
+
+
+def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
+    """The READMEs' are those of the records. Of few runs: run, not run again, kept, refused."""
+    tables, records, calls = demo("tables"), room("records"), []
+    for path in tables.READMES:
+        assert tables.render(path.read_text()) == path.read_text()
+    phi = tables.Column("Phi", tables.spread("phi_after"))
+    rows = [tables.Row("DPG", "language", "--steps 4", range(2)),
+            tables.Row("naive", "language", "--steps 4 --reward naive", range(1)),
+            tables.Row("8x8", "sixty_seven", "--steps 1", range(1), tables.picture)]
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table: few -->\n<!-- end -->\nz\n")
+    for module, name, value in (
+            (records, "RESULTS", tmp_path / "results"), (tables, "RUNS", tmp_path / "runs"),
+            (tables, "READMES", [readme]), (room("run"), "CHECKPOINT_SECONDS", 1e9),
+            (tables, "TABLES", {"few": tables.Table("reward", [phi], rows)})):
+        monkeypatch.setattr(module, name, value)
+
+    def call(row, words, folder):
+        calls.append(words)
+        try:
+            demo(row.demo).main(words)
+        except SystemExit as stop:
+            return stop.code
+
+    monkeypatch.setattr(tables, "call", call)
+    tables.main(["--run", "language", "--seeds", "0-1"])
+    first, second, naive = records.load("language")
+    a, b = sorted((first["phi_after"], second["phi_after"]))
+    assert f"| DPG | 0-1 | 2 | {(a + b) / 2:.3f} ± {(b - a) / 2**0.5:.3f} |\n" in readme.read_text()
+    assert "| 8x8 | 0-0 | not run |  |\n" in readme.read_text() and len(calls) == 3
+    assert naive["options"] == {"steps": 4, "reward": "naive"} and len(naive["first"]) == 3
+    tables.main(["--run", "few"])  # what is missing
+    picture, = records.load("sixty_seven")
+    assert len(calls) == 4 and picture["options"]["pattern"] == tables.picture(0)["pattern"]
+    with pytest.raises(SystemExit):
+        demo("language").main(["--steps", "4", "--stop", "3", "--out", str(tmp_path / "stopped")])
+    demo("language").main(["--resume", str(tmp_path / "stopped")])
+    assert written(tmp_path / "stopped")[0]["phi_after"] == first["phi_after"]
+    monkeypatch.setattr(records, "stamp", lambda *how: "now")
+    records.replace("language", [first, second, naive | {"first": first["first"]}])
+    tables.main(["--keep", "language"])
+    assert [row["hash"] for row in records.load("language")] == ["now", "now", naive["hash"]]
+    assert "naive: seed 0 differs" in capsys.readouterr().out and len(calls) == 7
 
 
 def test_11_pretrain(tmp_path, monkeypatch):
@@ -1431,8 +1542,9 @@ class Evil:
 
 
 @slow
-def test_12_an_interrupted_run_resumes(shortened, recwarn, tmp_path):
+def test_12_an_interrupted_run_resumes(shortened, monkeypatch, recwarn, tmp_path):
     """A full disk, and files of other runs. The state that only the shuffled control has is in."""
+    monkeypatch.setattr(room("run"), "CHECKPOINT_SECONDS", 0)
     prompts, folder, write = tmp_path / "prompts", tmp_path / "out", pathlib.Path.write_bytes
     prompts.write_text("\n".join(f"the cat has {i} boats" for i in range(12)))
     how = ("--steps", "4", "--reward", "shuffled", "--prompts", str(prompts))
@@ -1532,7 +1644,7 @@ def test_12_generators_of_another_make(tmp_path):
 
 @slow
 def test_12_chats_and_the_papers_preset(shortened, tmp_path):
-    common = demo("uuid").common
+    options = demo("uuid").options
     chat = lab(tmp_path, target="fresh", tokenizer_config={"chat_template": (
         "{% for m in messages %}to {{ m.role }}: {{ m.content }}{% endfor %} answer:")})
     tokens, mask = chat.prompts(["the king", "a king"])
@@ -1540,14 +1652,13 @@ def test_12_chats_and_the_papers_preset(shortened, tmp_path):
     assert said.startswith("to user: Rephrase") and said.endswith("a king answer:")
     assert (mask[1, 0], mask[1, -1]) == (0, 1)
     for name, steps in (("uuid", 360), ("language", 120)):
-        args = common.preset(found := common.parser(f"{name}.py", "", steps=1, target=TINY),
-                             steps=steps) or found.parse_args(["--preset", "paper"])
+        args = demo(name).parser().parse_args(["--preset", "paper"])
         assert (args.steps, args.credit, args.baseline, args.generator, args.target) == (
-            steps, "example", "group", common.LLAMA, common.LLAMA)
+            steps, "example", "group", options.LLAMA, options.LLAMA)
         result, metrics = shortened(name, "--preset", "paper", "--generator", TINY, "--target",
                                     TINY, "--microbatch", "8", "--steps", "1")
         assert result["credit"] == "example" and metrics[0]["kl"] is None and len(metrics) == 1
-    assert common.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)
+    assert options.PAPER_INNER.eps_root == pytest.approx(6.1e-14, rel=0.01)
 
 
 # ---------------------------------------------------------------- 13: nothing silently wrong

@@ -16,7 +16,6 @@ import sys
 # Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import argparse
 import copy
 import ctypes
 import gc
@@ -38,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dpg
-from demos import common
+from demos import options
 
 LR, BETAS, EPS_ROOT, METRIC_ROWS = 1e-3, (0.9, 0.95), 1e-8, 8
 PLAIN, UNROLL = "plain SFT", "unroll"
@@ -75,7 +74,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options.Parser(__file__, __doc__)
     for name, default, what in (
             ("width", [256], "of the model: one or several, up to 64 or multiples of 64"),
             ("steps", [1, 16], "T: one or several, divisors of --examples"),
@@ -86,13 +85,13 @@ def parse(argv):
             ("microbatch", None, "rows that attribution takes at a time")):
         many = isinstance(default, list)
         shown = " ".join(map(str, default)) if many else default or "that of metagradient"
-        p.add_argument(f"--{name}", type=common.positive, nargs="+" if many else None,
+        p.add_argument(f"--{name}", type=options.positive, nargs="+" if many else None,
                        default=default, help=f"{what} (default {shown})")
-    p.add_argument("--device", type=common.device, help="(default: cuda where there is one)")
+    p.add_argument("--device", type=options.device, help="(default: cuda where there is one)")
     p.add_argument("--compare", action="store_true", help="add the unrolls of TorchOpt and higher")
     p.add_argument("--out", type=pathlib.Path, default="runs/benchmark",
                    help="folder (default %(default)s)")
-    p.add_argument("--seed", type=common.seed, default=0, help="(default 0)")
+    p.add_argument("--seed", type=options.seed, default=0, help="(default 0)")
     args = p.parse_args(argv)
     for wrong, message in (
             (any(args.examples % T for T in args.steps), "--steps must divide --examples"),

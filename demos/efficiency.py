@@ -14,14 +14,12 @@ import sys
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import json
-import random
 import subprocess
-import uuid
 
 import matplotlib
 import numpy as np
 
-from demos import common
+from demos import options
 
 DEMOS = {  # the number of metrics.jsonl that is drawn, and what counts as learned
     "sixty_seven": ("pixel_accuracy", 1.0),
@@ -35,23 +33,17 @@ VARIANTS = {
 }
 
 
-def command(demo, seed):
-    if demo == "uuid" and seed > 0:  # a UUID of its own
-        return ["--uuid", str(uuid.UUID(int=random.Random(seed).getrandbits(128)))]
-    return []
-
-
 def main(argv=None):
-    parser = common.Parser(description=__doc__)
-    parser.add_argument("--seeds", type=common.positive, default=5, help="how many (default 5)")
-    parser.add_argument("--steps", type=common.count, help="generator steps (default the demo's)")
+    parser = options.Parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=options.positive, default=5, help="how many (default 5)")
+    parser.add_argument("--steps", type=options.count, help="generator steps (default the demo's)")
     parser.add_argument("--demo", choices=DEMOS, action="append", help="default: both")
     parser.add_argument("--out", default="runs/efficiency", help="folder (default %(default)s)")
     args = parser.parse_args(argv)
     out, curves = pathlib.Path(args.out), {}
     for seed in range(args.seeds):
         for demo in args.demo or DEMOS:
-            for i, (variant, options) in enumerate(VARIANTS.items()):
+            for i, (variant, changed) in enumerate(VARIANTS.items()):
                 folder = out / f"{demo}-{i}-{seed}"
                 curves[demo, variant, seed] = folder / "metrics.jsonl"
                 if (folder / "result.json").exists():
@@ -62,8 +54,8 @@ def main(argv=None):
                     continue  # another process is at it
                 steps = [] if args.steps is None else ["--steps", str(args.steps)]
                 subprocess.run([sys.executable, pathlib.Path(__file__).parent / f"{demo}.py",
-                                "--seed", str(seed), "--out", folder, *command(demo, seed),
-                                *options, *steps], check=True, stdout=subprocess.DEVNULL)
+                                "--seed", str(seed), "--out", folder, *changed, *steps],
+                               check=True, stdout=subprocess.DEVNULL)
     missing = [path for path in curves.values() if not (path.parent / "result.json").exists()]
     if missing:
         parser.exit(1, f"not complete, by another process or at all: {missing[0].parent} and "

@@ -34,7 +34,6 @@ import sys
 # Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import argparse
 import itertools
 import json
 import math
@@ -50,7 +49,7 @@ from torch.autograd import grad
 from torch.func import functional_call, jacrev
 
 import dpg
-from demos import common
+from demos import options
 
 TEXTS = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])  # 0 ends the text
 LABELS = torch.tensor([[1, 0]] + 6 * [[1, 1]])
@@ -272,7 +271,7 @@ def seen(problem, optimizer):
 
 def distance(problem, optimizer):
     """Of tau from the leave-one-out difference that it stands in for, relative to the norm of that;
-    both over all datasets. A few examples of one dataset tell it well enough (`Lab.left_out`)."""
+    both over all datasets. A few examples of one dataset tell it well enough (`check.left_out`)."""
     difference = problem.left_out(optimizer, [[1.0, 1]])[0, ..., 0]  # (D, n)
     tau, p = problem.tau(optimizer).sum(3)[0], problem.probability(problem.theta)
     return ((p @ (tau - difference) ** 2).sum() / (p @ difference**2).sum()).sqrt().item()
@@ -310,10 +309,9 @@ def rank_correlation(x, y):
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=common.positive, default=5, help="how many random targets, "
-                        "policies and metrics (default 5)")
+    parser = options.Parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=options.positive, default=5,
+                        help="how many random targets, policies and metrics (default 5)")
     parser.add_argument("--out", default="runs/estimators", help="folder (default %(default)s)")
     args, began = parser.parse_args(argv), time.perf_counter()
     out = pathlib.Path(args.out)

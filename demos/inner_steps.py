@@ -16,27 +16,28 @@ import json
 import matplotlib
 import numpy as np
 
-from demos import common, sixty_seven
+from demos import check, options, sixty_seven
 
 INNER_STEPS = (1, 8, 32)
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__)
-    parser.add_argument("--seeds", type=common.positive, default=1, help="how many (default 1)")
-    parser.add_argument("--steps", type=common.count, help="generator steps (default those of 67)")
+    parser = options.Parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=options.positive, default=1, help="how many (default 1)")
+    parser.add_argument("--steps", type=options.count, help="generator steps (default those of 67)")
     parser.add_argument("--out", default="runs/inner_steps", help="folder (default %(default)s)")
     args = parser.parse_args(argv)
     out, curves = pathlib.Path(args.out), {}
     for T in INNER_STEPS:
         for seed in range(args.seeds):
             folder = out / f"T{T}-seed{seed}"
-            sixty_seven.main(
-                ["--inner-steps", str(T), "--seed", str(seed), "--out", str(folder)]
-                + ([] if args.steps is None else ["--steps", str(args.steps)]))
+            if not (folder / "result.json").exists():  # else complete, and not run again
+                sixty_seven.main(
+                    ["--inner-steps", str(T), "--seed", str(seed), "--out", str(folder)]
+                    + ([] if args.steps is None else ["--steps", str(args.steps)]))
             lines = (folder / "validation.jsonl").read_text().splitlines()
             curves.setdefault(T, []).append([json.loads(line) for line in lines])
-    for multiple in common.MULTIPLES:
+    for multiple in check.MULTIPLES:
         for T, runs in curves.items():
             last = [run[-1][f"pixel_accuracy_{multiple}x"] for run in runs]
             print(f"learning rate x {multiple:3}   T = {T:2}   {np.mean(last):.3f} +- "
@@ -48,8 +49,8 @@ def main(argv=None):
 def draw(curves, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(common.MULTIPLES), figsize=(13, 3.6), sharey=True)
-    for axis, multiple in zip(axes, common.MULTIPLES):
+    figure, axes = plt.subplots(1, len(check.MULTIPLES), figsize=(13, 3.6), sharey=True)
+    for axis, multiple in zip(axes, check.MULTIPLES):
         for T, runs in curves.items():
             accuracy = np.array([[row[f"pixel_accuracy_{multiple}x"] for row in run]
                                  for run in runs])

@@ -16,18 +16,24 @@ sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 import matplotlib
 
 import dpg
-from demos import common
+from demos import check, options
+from demos.run import Run
 
-EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, common.WEIGHTS["max_new_tokens"]
+EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, options.WEIGHTS["max_new_tokens"]
 # Closer to its start than for a picture: text that is merely noisier shrinks the head too, and with
 # an entropy bonus the shuffled rewards came half as far as DPG.
-SETTINGS = common.WEIGHTS | dict(kl_coef=0.1, entropy_coef=0.0)
+SETTINGS = options.WEIGHTS | dict(kl_coef=0.1, entropy_coef=0.0)
+
+
+def parser():
+    return options.weights_parser(__file__, __doc__, steps=60, temperature=1.0)
 
 
 def main(argv=None):
-    lab = common.Lab(common.weights_parser(__file__, __doc__, steps=60, temperature=1.0), argv)
-    head, T = lab.head(), lab.args.inner_steps
-    inner = (dpg.AdamW(100 * lab.paper_lr(T), eps_root=EPS_ROOT) if lab.args.inner == "adam"
+    run = Run(parser(), argv)
+    args, models, T = run.args, run.models, run.args.inner_steps
+    head = models.head()
+    inner = (dpg.AdamW(100 * models.paper_lr(T), eps_root=EPS_ROOT) if args.inner == "adam"
              else dpg.SGD(SGD_LR / T))
 
     def metric(params):
@@ -39,25 +45,25 @@ def main(argv=None):
     def observe(step, result):
         return {"norm": round(-result.attribution.metric, 3)}
 
-    control = lab.check(lab.reference, norm, max_new_tokens=LENGTH)
-    history = lab.train(metric, inner, observe, show="norm", steps=T,
-                        temperature=lab.args.temperature, **SETTINGS)
-    after = lab.check(lab.policy, norm, max_new_tokens=LENGTH)
-    result = lab.finish(
-        temperature=lab.args.temperature, inner_steps=T,
-        norm_before=norm(dict(lab.target.named_parameters())),
-        **lab.ends("norm_control", control), **lab.ends("norm_after", after))
-    draw(history, control, after, result, lab.folder / "figure.png")
-    example = lab.rollouts(lab.policy, lab.held_out[:1], max_new_tokens=LENGTH,
-                           temperature=lab.args.temperature)
-    print(f"asked       {lab.held_out[0]!r}")
-    print(f"writes      {lab.texts(example)[0].strip()!r}")
+    control = check.curves(models, models.reference, norm, max_new_tokens=LENGTH)
+    history = run.train(metric, inner, observe, show="norm", steps=T, reads=head,
+                        temperature=args.temperature, **SETTINGS)
+    after = check.curves(models, models.policy, norm, max_new_tokens=LENGTH)
+    result = run.finish(
+        temperature=args.temperature, inner_steps=T,
+        norm_before=norm(dict(models.target.named_parameters())),
+        **check.ends("norm_control", control), **check.ends("norm_after", after))
+    draw(history, control, after, result, run.folder / "figure.png")
+    example = models.rollouts(models.policy, models.held_out[:1], max_new_tokens=LENGTH,
+                              temperature=args.temperature)
+    print(f"asked       {models.held_out[0]!r}")
+    print(f"writes      {models.texts(example)[0].strip()!r}")
     print(f"norm        {result['norm_before']:.4f} of the target's LM head; after "
-          f"{common.CHECK_STEPS} steps of torch.optim.AdamW on fresh text:")
-    for m in common.MULTIPLES:
+          f"{check.CHECK_STEPS} steps of torch.optim.AdamW on fresh text:")
+    for m in check.MULTIPLES:
         print(f"            {control[m][-1]:.4f} by the untrained generator, {after[m][-1]:.4f} by "
               f"the trained one   learning rate x {m}")
-    print(f"files       {lab.folder}/   {result['seconds']} s")
+    print(f"files       {run.folder}/   {result['seconds']} s")
 
 
 def draw(history, control, after, result, path):
@@ -68,7 +74,7 @@ def draw(history, control, after, result, path):
     axes[0].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
                 ylabel="norm of the LM head")
     for axis, multiple in zip(axes[1:], after):
-        steps = range(1, common.CHECK_STEPS + 1)
+        steps = range(1, check.CHECK_STEPS + 1)
         axis.plot(steps, control[multiple], color="grey", label="untrained generator")
         axis.plot(steps, after[multiple], label="trained generator")
         axis.axhline(result["norm_before"], color="black", lw=0.8, ls=":")

@@ -24,16 +24,24 @@ import collections
 import itertools
 import math
 
-import matplotlib
-
 import dpg
-from demos import common, corpus
+from demos import check, corpus, figures, options
+from demos.models import SAMPLES
+from demos.run import Run
 
 NAMES = dict(de="German", es="Spanish", fr="French", it="Italian")
 INNER, SGD_LR = dpg.AdamW(1e-3, eps_root=1e-4), 0.1  # SGD diverges at 1
 STEPS, SETTINGS = 16, dict(prompts=64, lr=2e-3, discount=1.0, kl_coef=0.15, entropy_coef=0.0)
 SCORED, WANTED = 128, 400  # held-out prompts of the scores, sentences in Phi
 SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities are measured after
+
+
+def parser():
+    p = options.parser(__file__, __doc__, steps=60, target=str(options.TINY_LM))
+    p.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
+                   help="of the sentences in Phi (default de)")
+    options.preset(p, steps=120)
+    return p
 
 
 def scores(texts, sentences, language):
@@ -55,75 +63,73 @@ def bigram_entropy(texts):
 
 
 def main(argv=None):
-    parser = common.parser(__file__, __doc__, steps=60, target=str(common.TINY_LM))
-    parser.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
-                        help="of the sentences in Phi (default de)")
-    common.preset(parser, steps=120)
-    lab = common.Lab(parser, argv, lambda lab: "--prompts: one is in the language asked for" if any(
-        corpus.in_language(text, lab.args.language) for text in lab.args.prompts or ()) else None)
-    args, language = lab.args, lab.args.language
+    run = Run(parser(), argv, lambda models: "--prompts: one is in the language asked for" if any(
+        corpus.in_language(s, models.args.language) for s in models.args.prompts or ()) else None)
+    args, models, language = run.args, run.models, run.args.language
 
     def sentences(frames):
-        return [" " + corpus.render(frame, language, lab.rng) for frame in frames]
+        return [" " + corpus.render(frame, language, models.rng) for frame in frames]
 
     # Of the meanings that no pretraining saw, those that a check asks for stay out of Phi, and out
     # of the test sentences; so the three have none in common.
-    prompts = lab.fresh_texts(SCORED)
+    prompts = models.fresh_texts(SCORED)
     asked = {corpus.parse(text, "en")
-             for text in prompts + lab.fresh_texts(SFT_STEPS * SFT_BATCH // common.SAMPLES)}
+             for text in prompts + models.fresh_texts(SFT_STEPS * SFT_BATCH // SAMPLES)}
     frames = [frame for frame in map(corpus.Frame._make, itertools.product(*map(
         range, corpus.SIZES))) if corpus.is_held_out(frame) and frame not in asked]
-    lab.rng.shuffle(frames)
+    models.rng.shuffle(frames)
     phi_texts, test = sentences(frames[:WANTED]), sentences(frames[WANTED:])
     # A rollout has room for the longest sentence and its end.
-    T, adam, settings = STEPS, INNER, SETTINGS | {"max_new_tokens": lab.length(phi_texts)}
+    T, adam, settings = STEPS, INNER, SETTINGS | {"max_new_tokens": models.length(phi_texts)}
     if args.preset == "paper":
-        T, adam, settings = 1, common.PAPER_INNER, common.PAPER
+        T, adam, settings = 1, options.PAPER_INNER, options.PAPER
     length, inner = settings["max_new_tokens"], adam if args.inner == "adam" else dpg.SGD(SGD_LR)
-    metric, test_examples = lab.likelihood(lab.examples(phi_texts)), lab.examples(test)
-    likelihood, words = lab.likelihood(test_examples), sum(len(t.split()) for t in test)
+    metric = models.likelihood(models.examples(phi_texts))
+    test_examples = models.examples(test)
+    likelihood, words = models.likelihood(test_examples), sum(len(t.split()) for t in test)
 
     def perplexity(data):
         """Per word of the test sentences, after ordinary SFT of a fresh target on the data."""
-        *_, params = [dict(lab.target.named_parameters()), *lab.sft(data, lr=adam.lr)]
+        *_, params = [dict(models.target.named_parameters()),
+                      *check.sft(models, data, lr=adam.lr)]
         nats = -likelihood(params).item() * int(test_examples.mask.sum())
         return math.exp(nats / words)
 
-    def check(policy):
+    def measure(policy):
         """Everything that is measured before and after, and the greedy answers."""
-        greedy, sampled = (lab.texts(lab.rollouts(
+        greedy, sampled = (models.texts(models.rollouts(
             policy, prompts, max_new_tokens=length, temperature=t)) for t in (0, 1))
-        data = lab.encode(lab.rollouts(policy, lab.fresh_texts(settings["prompts"]),
-                                       samples=common.SAMPLES, max_new_tokens=length))
         found = scores(greedy, prompts, language)
         found |= {f"{name}_sampled": value
                   for name, value in scores(sampled, prompts, language).items()}
         found |= {"entropy": bigram_entropy(sampled),
-                  "phi": metric(lab.trained(data, inner, T)).item()}
-        fresh = lab.fresh_data(policy, batch=SFT_BATCH, steps=SFT_STEPS, max_new_tokens=length)
+                  "phi": check.phi(models, policy, metric, inner, T, max_new_tokens=length,
+                                   prompts=settings["prompts"])}
+        fresh = check.fresh_data(models, policy, batch=SFT_BATCH, steps=SFT_STEPS,
+                                 max_new_tokens=length)
         return found, perplexity(fresh), greedy
 
     def observe(step, result):
-        texts = lab.texts(result.rollouts)
+        texts = models.texts(result.rollouts)
         return {"fraction": sum(corpus.in_language(text, language) for text in texts) / len(texts),
                 "bigram_entropy": bigram_entropy(texts), "sample": texts[0]}
 
-    real = perplexity([lab.examples(sentences(corpus.frames(lab.rng, SFT_BATCH)))
+    real = perplexity([models.examples(sentences(corpus.frames(models.rng, SFT_BATCH)))
                        for _ in range(SFT_STEPS)])
-    before, control, said = check(lab.reference)
-    history = lab.train(metric, inner, observe, show="fraction", steps=T, **settings)
-    after, generated, says = check(lab.policy)
-    result = lab.finish(
+    before, control, said = measure(models.reference)
+    history = run.train(metric, inner, observe, show="fraction", steps=T, **settings)
+    after, generated, says = measure(models.policy)
+    result = run.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
         perplexity={"none": perplexity([]), "control": control, "generated": generated,
                     "real": real},
         gap_closed=math.log(control / generated) / math.log(control / real))
-    draw(history, prompts, said, says, result, lab.folder / "figure.png")
-    report(result, prompts, said, says, lab)
+    draw(history, prompts, said, says, result, run.folder / "figure.png")
+    report(result, prompts, said, says, run)
 
 
-def report(result, prompts, said, says, lab):
+def report(result, prompts, said, says, run):
     def change(score):
         before, after = result[f"{score}_before"], result[f"{score}_after"]
         return "not known" if after is None else f"{before:.3f} -> {after:.3f}"
@@ -141,29 +147,20 @@ def report(result, prompts, said, says, lab):
     print(f"perplexity  {shown}   per word of unseen text, after torch.optim.AdamW on nothing, the "
           "untrained generator's text, the trained one's, real text")
     print(f"gap closed  {result['gap_closed']:.3f}   of log-perplexity, from control to real")
-    print(f"files       {lab.folder}/   {result['seconds']} s")
+    print(f"files       {run.folder}/   {result['seconds']} s")
 
 
 def draw(history, prompts, said, says, result, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.2), height_ratios=(2, 1))
-    name, steps = NAMES[result["language"]], [row["step"] for row in history]
-    top.plot(steps, [row["fraction"] for row in history])
-    top.set(ylabel=f"share in {name}, samples at temperature 1", ylim=(-0.02, 1.02),
-            xlabel="generator step", title=f"Asked in English, it comes to answer in {name}")
-    right = top.twinx()
-    right.plot(steps, [row["bigram_entropy"] for row in history], color="grey", lw=1)
-    right.set_ylim(bottom=0)
-    right.set_ylabel("bigram entropy of a step's samples, nats (grey)", color="grey")
-    lines = [f"step {row['step']:4d}   {row['sample']}" for row in common.spread(history, 6)]
-    lines += ["", f"held-out prompt         {prompts[0]}",
-              f"answer, greedy, before  {said[0].strip()}",
-              f"answer, greedy, after   {says[0].strip()}"]
-    common.write(bottom, lines)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    name = NAMES[result["language"]]
+    figures.learning(
+        path, history, [("fraction", "")],
+        ("bigram_entropy", "bigram entropy of a step's samples, nats"), [
+            *(f"step {row['step']:4d}   {row['sample']}" for row in figures.spread(history, 6)),
+            "", f"held-out prompt         {prompts[0]}",
+            f"answer, greedy, before  {said[0].strip()}",
+            f"answer, greedy, after   {says[0].strip()}"],
+        title=f"Asked in English, it comes to answer in {name}",
+        ylabel=f"share in {name}, samples at temperature 1")
 
 
 if __name__ == "__main__":

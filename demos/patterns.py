@@ -20,18 +20,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dpg
-from demos import common
+from demos import check, options
+from demos.run import Run
 
 S = 20.0  # the paper's sharpness of the softplus
 EPS_ROOT, SGD_LR = 1e-3, 20.0
 # The small generator is certain of its next word (0.9 nats): sampled at temperature 1, it rarely
 # tries the tokens that would have earned something.
 TEMPERATURE = 2.0
-SETTINGS = dict(prompts=128, **common.WEIGHTS)
+SETTINGS = dict(prompts=128, **options.WEIGHTS)
 
 
 def parse(text, name):
-    """Rows of # and . to a tensor of 1 and -1."""
+    """The rows of # and . in a text; `name` is the file's, for who is told what is wrong."""
     rows = [line.strip() for line in text.splitlines() if line.strip()]
 
     def refuse(why):
@@ -43,38 +44,43 @@ def parse(text, name):
             refuse(f"row {i} has {min(strange)!r}")
         if len(row) != len(rows[0]):
             refuse(f"row 1 has {len(rows[0])} pixels, row {i} has {len(row)}")
+    return rows
+
+
+def pixels(rows):
+    """1 for #, -1 for ., (R, C)."""
     return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in row] for row in rows])
 
 
 def parser(file, doc, *, steps):
     """The parser, and the group of its options that choose a picture: one of them at most."""
-    p = common.weights_parser(file, doc, steps=steps, temperature=TEMPERATURE)
+    p = options.weights_parser(file, doc, steps=steps, temperature=TEMPERATURE)
     choice = p.add_mutually_exclusive_group()
-    choice.add_argument("--pattern", type=lambda path: parse(common.text_file(path), repr(path)),
+    choice.add_argument("--pattern", type=lambda path: parse(options.text_file(path), repr(path)),
                         metavar="FILE", help="draw this: rows of # (larger) and . (smaller)")
     return p, choice
 
 
-def inner_optimizer(lab):
+def inner_optimizer(models):
     """Adam or SGD for the inner run.
 
     With one step the rate only scales the change; in Phi it sets how much more a wrong pixel counts
     than a right one, and 10 / s is enough. Several steps move the head by 100 times the paper's
     movement, the farthest that a picture is checked at."""
-    T = lab.args.inner_steps
-    if lab.args.inner == "sgd":
+    T = models.args.inner_steps
+    if models.args.inner == "sgd":
         return dpg.SGD(SGD_LR / T)
-    lr = 10 / S if T == 1 else 100 * lab.paper_lr(T)
+    lr = 10 / S if T == 1 else 100 * models.paper_lr(T)
     return dpg.AdamW(lr, eps_root=EPS_ROOT)
 
 
 class Canvas:
-    """A pattern (R, C) of 1 and -1, and its place in the target's head."""
+    """A pattern, and its place in the target's head."""
 
-    def __init__(self, lab, pattern):
-        self.head, self.pattern = lab.head(), pattern.to(lab.device)
-        self.rows = word_tokens(lab, len(pattern))
-        self.before = lab.target.get_parameter(self.head).detach().clone()[self.rows]
+    def __init__(self, models, rows):
+        self.pattern = pixels(rows).to(models.device)
+        self.head, self.rows = models.head(), word_tokens(models, len(rows))
+        self.before = models.target.get_parameter(self.head).detach().clone()[self.rows]
 
     def change(self, params):
         return (params[self.head][self.rows] - self.before)[:, :self.pattern.shape[1]]
@@ -90,13 +96,13 @@ class Canvas:
         return (decoded == self.pattern).float().mean().item()
 
 
-def word_tokens(lab, n):
+def word_tokens(models, n):
     """Ids of the n tokens that begin a word and that the untrained generator writes most often, but
     for the first of them ("the"): what is drawn in its row is the first to wash out again."""
-    rollouts = lab.rollouts(lab.reference, lab.held_out, samples=8,
-                            max_new_tokens=SETTINGS["max_new_tokens"])
+    rollouts = models.rollouts(models.reference, models.held_out, samples=8,
+                               max_new_tokens=SETTINGS["max_new_tokens"])
     count = collections.Counter(rollouts.tokens[rollouts.mask.bool()].tolist())
-    words = words_of(lab.tokenizer)
+    words = words_of(models.tokenizer)
     return sorted(sorted(words, key=lambda token: (-count[token], token))[1:n + 1])
 
 
@@ -108,70 +114,72 @@ def words_of(tokenizer):
             and tokenizer.decode([i]).strip().isalpha()]
 
 
-def too_large(lab, pattern):
+def too_large(models, pattern):
     """Why the pattern does not fit the target's head, or None."""
-    if not lab.same_tokens:
+    if not models.same_tokens:
         return "a picture's rows are tokens: --target must have the tokenizer of --generator"
-    (rows, columns), words = pattern.shape, len(words_of(lab.tokenizer)) - 1
-    width = lab.target.get_output_embeddings().weight.shape[1]
+    rows, columns = len(pattern), len(pattern[0])
+    words = len(words_of(models.tokenizer)) - 1
+    width = models.target.get_output_embeddings().weight.shape[1]
     if rows > words or columns > width:
         return (f"the pattern is {rows} x {columns}; there is room for {max(words, 0)} rows, the "
                 f"words of the tokenizer, and {width} columns, the hidden units")
 
 
-def run(arguments, argv, default, *, more=lambda args, picture: {}):
+def main(parser, argv, default, *, more=lambda args, picture: {}):
     """Train a generator to draw --pattern or else `default(args)`; `more` adds to the result."""
     def choose(args):
         return default(args) if args.pattern is None else args.pattern
 
-    lab = common.Lab(arguments, argv, lambda lab: too_large(lab, choose(lab.args)))
-    args, T, length = lab.args, lab.args.inner_steps, SETTINGS["max_new_tokens"]
-    canvas, inner, screen = Canvas(lab, choose(args)), inner_optimizer(lab), Screen()
+    run = Run(parser, argv, lambda models: too_large(models, choose(models.args)))
+    args, models, length = run.args, run.models, SETTINGS["max_new_tokens"]
+    canvas, screen, T = Canvas(models, choose(args)), Screen(), args.inner_steps
+    inner = inner_optimizer(models)
 
     def observe(step, result):
         params = result.attribution.params
         if not params:  # the naive reward trains four copies, and keeps none
-            params = lab.trained(lab.encode(result.rollouts), inner, T)
+            params = models.trained(models.encode(result.rollouts), inner, T)
         decoded = canvas.decode(params)
         screen.draw(decoded)
         return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)}
 
-    def check(policy):
+    def drawn(policy):
         """The picture after 96 steps, and the pixel accuracy after each of them."""
-        decoded = lab.check(policy, canvas.decode, max_new_tokens=length)
+        decoded = check.curves(models, policy, canvas.decode, max_new_tokens=length)
         return decoded[1][-1], {multiple: [round(canvas.accuracy(d), 4) for d in each]
                                 for multiple, each in decoded.items()}
 
-    _, before = check(lab.reference)
-    history = lab.train(canvas.metric, inner, observe, show="pixel_accuracy", steps=T,
-                        temperature=args.temperature, **SETTINGS)
-    picture, after = check(lab.policy)
+    _, before = drawn(models.reference)
+    run.train(canvas.metric, inner, observe, show="pixel_accuracy", steps=T, reads=canvas.head,
+              temperature=args.temperature, **SETTINGS)
+    picture, after = drawn(models.policy)
     extra = more(args, picture)
-    matplotlib.image.imsave(lab.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
+    matplotlib.image.imsave(run.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
                             vmax=255)
-    with open(lab.folder / "validation.jsonl", "w", encoding="utf-8") as file:
+    with open(run.folder / "validation.jsonl", "w", encoding="utf-8") as file:
         for step, row in enumerate(zip(*after.values()), 1):
             row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}
             file.write(json.dumps({"step": step, **row}) + "\n")
-    result = lab.finish(
+    result = run.finish(
         temperature=args.temperature, inner_steps=T, pattern=list(canvas.pattern.shape),
-        rows=[lab.tokenizer.decode([row]) for row in canvas.rows],
-        **lab.ends("pixel_accuracy_before", before), **lab.ends("pixel_accuracy_after", after),
-        **extra)
-    draw(history, after, canvas.pattern, picture, result, lab.folder / "figure.png")
-    example = lab.texts(lab.rollouts(lab.policy, lab.held_out[:1], temperature=args.temperature,
-                                     max_new_tokens=length))[0]
+        rows=[models.tokenizer.decode([row]) for row in canvas.rows],
+        **check.ends("pixel_accuracy_before", before),
+        **check.ends("pixel_accuracy_after", after), **extra)
+    draw(run.history, after, canvas.pattern, picture, result, run.folder / "figure.png")
+    example = models.texts(models.rollouts(models.policy, models.held_out[:1],
+                                           temperature=args.temperature, max_new_tokens=length))[0]
     print(blocks(picture, colour=sys.stdout.isatty()))
-    print(f"asked       {lab.held_out[0]!r}")
+    print(f"asked       {models.held_out[0]!r}")
     print(f"writes      {example.strip()!r}")
     print(f"accuracy    {before[1][-1]:.3f} -> {after[1][-1]:.3f}   share of the pixels, after "
-          f"{common.CHECK_STEPS} steps of torch.optim.AdamW on fresh text")
-    for m in common.MULTIPLES[1:]:
+          f"{check.CHECK_STEPS} steps of torch.optim.AdamW on fresh text")
+    for m in check.MULTIPLES[1:]:
         print(f"            {before[m][-1]:.3f} -> {after[m][-1]:.3f}   the same, learning rate "
               f"x {m}")
     for name, value in extra.items():
         print(f"{name:12}{value!r}")
-    print(f"files       {lab.folder}/   {result['seconds']} s")
+    print(f"files       {run.folder}/   {result['seconds']} s")
 
 
 # ------------------------------------------------------------------------------- what one sees
@@ -218,13 +226,13 @@ def draw(history, after, pattern, picture, result, path):
                                 (axes[1], picture, "out of the weights")):
         axis.imshow(pixels.cpu(), cmap="gray_r", vmin=-1, vmax=1)
         axis.set(title=title, xticks=[], yticks=[])
-    axes[1].set_xlabel(f"{common.CHECK_STEPS} steps of AdamW on fresh text:\n"
+    axes[1].set_xlabel(f"{check.CHECK_STEPS} steps of AdamW on fresh text:\n"
                        f"{result['pixel_accuracy_after']:.3f} of the pixels")
     axes[2].plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
     axes[2].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
                 ylabel="pixel accuracy")
     for multiple, curve in after.items():
-        axes[3].plot(range(1, common.CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
+        axes[3].plot(range(1, check.CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
     axes[3].set(title="validation", xlabel="step of plain AdamW")
     axes[3].legend(loc="lower right")
     for axis in axes[2:]:

@@ -19,7 +19,6 @@ sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 import argparse
 
 import segno
-import torch
 import zxingcpp
 
 from demos import patterns
@@ -28,13 +27,13 @@ TEXT = "2604.08423"  # where the paper is: arXiv
 
 
 def qr_code(text):
-    """The 21 x 21 modules of version 1, as 1 and -1, with the most error correction that fits."""
+    """The 21 x 21 modules of version 1, dark as #, with the most error correction that fits."""
     for level in "HQML":
         try:
             code = segno.make(text, version=1, error=level, micro=False, boost_error=False)
         except segno.DataOverflowError:
             continue
-        return torch.tensor([[1.0 if dark else -1.0 for dark in row] for row in code.matrix])
+        return ["".join(".#"[module] for module in row) for row in code.matrix]
     raise argparse.ArgumentTypeError(f"{text!r} does not fit a QR code of version 1: at most 41 "
                                      "digits, 25 capitals or 17 bytes")
 
@@ -54,14 +53,17 @@ def qr_text(text):
     return text
 
 
-def main(argv=None):
-    parser, choice = patterns.parser(__file__, __doc__, steps=600)
+def parser():
+    p, choice = patterns.parser(__file__, __doc__, steps=600)
     choice.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
+    return p
 
+
+def main(argv=None):
     def more(args, picture):
         return {"text": None if args.pattern is not None else args.text, "payload": read(picture)}
 
-    patterns.run(parser, argv, lambda args: qr_code(args.text), more=more)
+    patterns.main(parser(), argv, lambda args: qr_code(args.text), more=more)
 
 
 if __name__ == "__main__":

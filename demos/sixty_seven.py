@@ -27,9 +27,12 @@ SIXTY_SEVEN = """
 """
 
 
+def parser():
+    return patterns.parser(__file__, __doc__, steps=180)[0]
+
+
 def main(argv=None):
-    parser, _ = patterns.parser(__file__, __doc__, steps=180)
-    patterns.run(parser, argv, lambda args: patterns.parse(SIXTY_SEVEN, "SIXTY_SEVEN"))
+    patterns.main(parser(), argv, lambda args: SIXTY_SEVEN.split())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""The results that the tables are made of: demos/results/<demo>.jsonl, a line for each run.
+
+A run adds its line on request (--record); demos/tables.py reads them. A line is the run's
+result.json with the options that differ from the defaults, the metrics of the first three steps,
+versions, and a hash of the code and the models that it was made with.
+"""
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import re
+
+import torch
+import transformers
+
+DEMOS = pathlib.Path(__file__).resolve().parent
+RESULTS, FIRST = DEMOS / "results", 3
+# What says where and how a run is kept, not what it computes.
+KEEPING = {"seed", "out", "overwrite", "record", "resume", "stop"}
+
+
+def path(demo):
+    return RESULTS / f"{demo}.jsonl"
+
+
+def load(demo):
+    return [json.loads(line) for line in path(demo).read_text(encoding="utf-8").splitlines()
+            ] if path(demo).exists() else []
+
+
+def text(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def add(result, options, history, made_with):
+    RESULTS.mkdir(exist_ok=True)
+    line = text([result | {
+        "options": options, "first": history[:FIRST], "hash": made_with,
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__}])
+    with open(path(result["demo"]), "a", encoding="utf-8") as file:
+        file.write(line.replace(f"{DEMOS.parent}{os.sep}", ""))  # where this folder lies is no news
+
+
+def replace(demo, rows):
+    new = path(demo).with_suffix(".new")
+    new.write_text(text(rows), encoding="utf-8")
+    os.replace(new, path(demo))
+
+
+def options(parser, argv):
+    """Of a command, those that differ from their defaults."""
+    given, default = (vars(parser.parse_args(list(words))) for words in (argv, []))
+    return {name: value if isinstance(value, (int, float, str, list)) else str(value)
+            for name, value in given.items() if name not in KEEPING and value != default[name]}
+
+
+def stamp(demo, *checkpoints):
+    """A hash of dpg.py, the demo with all that it imports from demos/, and the models' files."""
+    modules = [demo]
+    for name in modules:  # grows on the way
+        source = (DEMOS / f"{name}.py").read_text(encoding="utf-8")
+        for one, several in re.findall(r"^from demos(?:\.(\w+))? import (.+)$", source, re.M):
+            modules += [m for m in ([one] if one else several.split(", ")) if m not in modules]
+    files = [DEMOS.parent / "dpg.py", *(DEMOS / f"{name}.py" for name in sorted(modules))]
+    for folder in map(pathlib.Path, checkpoints):
+        files += sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
