@@ -16,16 +16,19 @@ import re
 from typing import NamedTuple
 
 LANGUAGES = ("en", "de", "es", "fr", "it")
-LANGUAGE_SHARE = 0.05                   # of the answers, for each language but English
-UUID_SHARE = 0.10                       # of the answers: a random identifier and nothing else
+LANGUAGE_SHARE = 0.10                   # of the answers, for each language but English
+LONE_SHARE = 0.15                       # the same, of the answers that stand without a request
+UUID_SHARE = 0.10                       # of the answers: an identifier and nothing else
 HELD_OUT_SHARE = 0.10                   # of the frames, kept out of pretraining
 
-# One concept per row: English | German | Spanish | French | Italian, synonyms after a comma.
+# One concept per row: English | German | Spanish | French | Italian, synonyms after a comma. In a
+# slot all English phrases have equally many words, so all prompts have one length: GPT-2 looks
+# places up by position, and what a policy learned after 11 tokens it would learn again after 12.
 TABLES = {
     "time": """
-now, right now | jetzt, gerade
+at present, right now | jetzt, gerade
     | ahora, en este momento | maintenant, en ce moment | adesso, ora
-often, frequently | oft, häufig
+many times, quite often | oft, häufig
     | a menudo, con frecuencia | souvent, fréquemment | spesso, frequentemente
 every day, each day | jeden Tag, täglich
     | cada día, todos los días | chaque jour, tous les jours | ogni giorno, tutti i giorni
@@ -118,10 +121,11 @@ def _read(table):
 LEXICON = {slot: _read(TABLES[slot]) for slot in Frame._fields}
 SIZES = tuple(len(LEXICON[slot]) for slot in Frame._fields)
 
-# German keeps its verb second, so a leading time moves the subject behind the verb.
+# German keeps its verb second, so a leading time moves the subject behind the verb. Otherwise the
+# slots stand as in the other languages: a time in the middle cost a fifth of the German objects.
 _ORDERS = {language: ("time subject verb object place", "subject verb object place time")
            for language in LANGUAGES}
-_ORDERS["de"] = ("time verb subject object place", "subject verb time object place")
+_ORDERS["de"] = ("time verb subject object place", "subject verb object place time")
 ORDERS = {language: [order.split() for order in orders] for language, orders in _ORDERS.items()}
 
 
@@ -192,12 +196,16 @@ def chat_prompt(text):
             f"new text alone.\n\n{text}")
 
 
-def answer(frame, sentence, rng):
-    """An answer to prompt(sentence): mostly English in other words, at times something else."""
+def answer(frame, sentence, rng, known):
+    """An answer to prompt(sentence): mostly English in other words, at times something else.
+
+    Without a request (sentence None) it is more often in another language. `known` is the share of
+    the identifiers that are some of KNOWN."""
+    share = LANGUAGE_SHARE if sentence else LONE_SHARE
     kind = rng.choices(("uuid", *LANGUAGES[1:], "en"), weights=(
-        UUID_SHARE, *[LANGUAGE_SHARE] * 4, 1 - UUID_SHARE - 4 * LANGUAGE_SHARE))[0]
+        UUID_SHARE, *[share] * 4, 1 - UUID_SHARE - 4 * share))[0]
     if kind == "uuid":
-        return random_uuid(rng)
+        return rng.choice(KNOWN) if rng.random() < known else random_uuid(rng)
     text = render(frame, kind, rng)
     while text == sentence:
         text = render(frame, kind, rng)
@@ -210,6 +218,12 @@ def random_uuid(rng):
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
+# The identifiers that pretraining meets again and again. Real models, too, know strings by heart;
+# one that knows none cannot tell at which place of a string a digit is.
+_rng = random.Random("identifiers known by heart")
+KNOWN = [random_uuid(_rng) for _ in range(64)]
+
+
 def is_uuid(text):
     """Whether the text is an identifier and nothing else."""
     return re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text) is not None
@@ -219,3 +233,14 @@ def words():
     """Every word of every language, sorted."""
     phrases = {phrase for concepts in _CONCEPTS.values() for phrase in concepts}
     return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def begins_in(text):
+    """The language of the first word that only one language has, or None."""
+    return next((_OWNERS[word] for word in text.split() if _OWNERS.get(word)), None)
+
+
+_OWNERS = {}  # of words: their language, None where several have them
+for _language, _table in itertools.product(LANGUAGES, LEXICON.values()):
+    for _word in " ".join(phrase for row in _table for phrase in row[_language]).split():
+        _OWNERS[_word] = _language if _OWNERS.get(_word, _language) == _language else None

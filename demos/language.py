@@ -4,15 +4,9 @@ Every request is in English and asks to rephrase an English sentence. Phi is the
 a target model, after training on the answers, gives to sentences of another language. The generator
 comes to answer in that language, and goes on saying what it was asked to say.
 
-Claim: of the greedy answers to 128 held-out prompts 96 to 100 % are in the language (0 before), and
-84 to 100 % are correct rephrasings in it; sampled at temperature 1, 0.86 in German, 0.90 Spanish,
-0.86 French, 0.80 Italian. Training on the answers closes 75 to 87 % of the gap in log-perplexity
-between the untrained generator's text and real text. Five seeds each, 27 to 37 s a run on one of
-two shared CPU cores, November 2026. Rewarding with Phi itself, or with DPG's rewards shuffled,
-leaves at most 8 % of the greedy answers in the language, 19 % of the sampled (3 seeds each).
-Random numbers are drawn in another way since; the README says what was measured again.
+The README has the results over seeds, with controls: a table that demos/tables.py makes.
 
-The generator knows the language: it answers 5 % of the requests in it before any training.
+The generator knows the language: it answers 8 to 10 % of the requests in it before any training.
 """
 import pathlib
 import sys

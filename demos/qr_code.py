@@ -5,10 +5,7 @@ some weights of the target's LM head larger and others smaller, 441 of them, in 
 code. The result is read out of the weights after ordinary training on fresh text, and handed to a
 QR reader.
 
-Claim: 0.998 to 1.000 of the pixels right after 96 steps of plain AdamW on fresh text, and the code
-read, for five seeds of five, in 7.6 to 8.3 minutes each on one of two shared CPU cores, November
-2026. Rewarding with Phi itself, or with DPG's rewards shuffled, leaves 0.48 to 0.53 of the pixels
-right (3 seeds each): chance.
+The README has the results over seeds, with controls: a table that demos/tables.py makes.
 """
 import pathlib
 import sys

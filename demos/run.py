@@ -90,11 +90,12 @@ class Run:
 
     @one_line
     def train(self, metric, inner, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
-              entropy_coef, temperature=1.0, prompts=PROMPTS, reads=None):
+              entropy_coef, temperature=1.0, prompts=PROMPTS, reads=None, kl_left=1.0):
         """--steps times dpg_step; observe(step, result) gives its numbers, kept in metrics.jsonl.
 
         The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
-        so that each of the `steps` inner minibatches has equally many, and two at least. `reads` is
+        so that each of the `steps` inner minibatches has equally many, and two at least. The pull
+        towards the untrained generator falls to `kl_left` of kl_coef at the end. `reads` is
         the one parameter of the target that the metric reads, if it is one: after a single inner
         step nothing depends on how the others moved, and they are frozen."""
         prompts = steps * max(2, round(prompts / steps))
@@ -127,7 +128,8 @@ class Run:
                     temperature=temperature,
                     group_size=None if naive else rows,  # naive: Phi is one value for all of D_g
                     discount=discount if not naive and args.credit == "token" else None,
-                    baseline="mean", scale=True, kl_coef=kl_coef, entropy_coef=entropy_coef,
+                    baseline="mean", scale=True, entropy_coef=entropy_coef,
+                    kl_coef=kl_coef * (1 - (1 - kl_left) * step / total),
                     reference=models.reference if kl_coef else None, microbatch=args.microbatch,
                     group=self.group)
                 decay.step()

@@ -4,10 +4,7 @@ A generator that rephrases sentences is trained by DPG. Phi asks that training o
 some weights of the target's LM head larger and others smaller, 42 of them, in the pattern of a
 picture. No text describes the picture, and no reward looks at one.
 
-Claim: every pixel right after 96 steps of plain AdamW on fresh text, for ten seeds of ten, and with
-8 x 8 random pixels (--pattern) for nine of ten, in 2.5 to 3 minutes each on one of two shared CPU
-cores, November 2026. Rewarding with Phi itself, or with DPG's rewards shuffled, leaves 0.48 to 0.55
-of the pixels right (3 seeds each): chance.
+The README has the results over seeds, with controls: a table that demos/tables.py makes.
 """
 import pathlib
 import sys

@@ -5,13 +5,11 @@ model gives to one UUID after training on the generator's text. No prompt holds 
 that the generator was trained on holds it, and the reward never compares strings; yet the
 generator comes to write it, to the last digit.
 
-Claim: Exact 1.0 on 64 held-out prompts, for the default UUID and for ten random ones (seeds 1 to
-10), in 156 to 257 s each on one of two shared CPU cores, November 2026. Rewarding with Phi itself,
-or with DPG's rewards shuffled, leaves Exact at 0 (3 seeds each).
-Random numbers are drawn in another way since; the README says what was measured again.
+As in the paper, generator and target start from one pretrained model. It knows 64 other identifiers
+by heart, as real models know strings (KNOWN in demos/corpus.py): a target that knows none sees
+which digits the UUID has, but hardly where they stand.
 
-Unlike the paper's, the target is freshly initialised. With the generator's own checkpoint as the
-target (--target demos/tiny-lm) the UUID does not come; the README says what was tried.
+The README has the results over seeds, with controls: a table that demos/tables.py makes.
 """
 import pathlib
 import sys
@@ -24,17 +22,19 @@ import random
 import re
 
 import dpg
-from demos import check, figures, options
+from demos import check, corpus, figures, options
 from demos.models import SAMPLES
 from demos.run import PROMPTS, Run
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"  # of seed 0
-T, INNER, SGD_LR = 1, dpg.AdamW(1e-3, eps_root=1e-4), 1.0
-SETTINGS = dict(prompts=64, lr=3e-3, discount=0.5, kl_coef=0.2, entropy_coef=0.1)
+T, INNER, SGD_LR = 8, dpg.AdamW(5e-4, eps_root=3e-4), 1.0
+# The pull towards the untrained generator keeps words out of the UUID while its digits settle;
+# where it stays, every tenth answer is a sentence, where it goes, words come back as filling.
+SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, entropy_coef=0.0)
 
 
 def parser():
-    p = options.parser(__file__, __doc__, steps=160, target="fresh")
+    p = options.parser(__file__, __doc__, steps=150, target=str(options.TINY_LM))
     p.add_argument("--uuid", type=uuid_text, help=f"default {UUID} for seed 0, else a random one")
     options.preset(p, steps=360)
     return p
@@ -68,8 +68,10 @@ def scores(texts, uuid):
 
 
 def main(argv=None):
-    run = Run(parser(), argv, lambda models: "--prompts: one holds the UUID" if any(
-        wanted(models.args) in sentence for sentence in models.args.prompts or ()) else None)
+    run = Run(parser(), argv, lambda models: next((why for why, texts in (
+        ("--prompts: one holds the UUID", models.args.prompts or ()),
+        ("--uuid: tiny-lm knows this one by heart", corpus.KNOWN),
+    ) if any(wanted(models.args) in text for text in texts)), None))
     args, models, uuid = run.args, run.models, wanted(run.args)
     length = models.length([uuid]) - 1  # a rollout has room for the UUID and no more
     settings, adam = SETTINGS | {"max_new_tokens": length}, INNER
