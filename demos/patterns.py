@@ -27,7 +27,7 @@ S = 20.0  # the paper's sharpness of the softplus
 EPS_ROOT, SGD_LR = 1e-3, 20.0
 # The small generator is certain of its next word (0.9 nats): sampled at temperature 1, it rarely
 # tries the tokens that would have earned something.
-TEMPERATURE = 2.0
+TEMPERATURE = 2.4
 SETTINGS = dict(prompts=128, **options.WEIGHTS)
 
 
