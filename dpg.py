@@ -22,10 +22,10 @@ text; test_dpg.py holds it against finite differences and exact enumeration.
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
     pi_theta    policy                  the generator, a model with `generate`
-    x_i         Rollouts.tokens         what the policy wrote; L = L_new + 1        (N, L_new)
+    x_i         Rollouts.tokens         what the policy wrote, a row of D           (N, L_new)
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
 
-Departures from the paper; what each costs is said where its code is:
+Departures from the paper; what is known of their cost is said where the code is:
  1. One policy update per step, on all rollouts at once: no ratio, no clipping (`dpg_step`).
  2. Losses are divided by the constants B and L: w_i = 0 leaves no trace of x_i (`_loss`).
  3. Rewards are centred in any groups, not only per prompt, or not at all (`advantages`).
@@ -180,14 +180,14 @@ def _loss(model, params, examples, weights, B):
 
     B and L = tokens.shape[1] are constants, not counts of what was written, and x_i stands in one
     summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i: its Phi is a
-    baseline, of no weight in expectation, for given the prompts the x_i are independent and
-    E grad log pi(x_i) = 0. With F = E Phi(w = 1), any optimizer and any T, exactly
+    baseline that adds 0 in expectation, for given the prompts the x_i are independent and
+    E grad log pi(x_i) = 0. With F = E Phi(w = 1), any optimizer and T, other weights 1, exactly
 
         grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ].
 
     tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: this is the bias
     of DPG (without what `advantages` may add). It is 0 where Phi(w) is affine in each w_i; relative
-    to tau it falls, with SGD with lr and one example's share 1/B, with AdamW as eps_root grows.
+    to tau it falls with lr and with one example's share 1/B (SGD), or as eps_root grows (AdamW).
     """
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
@@ -225,15 +225,15 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
                  group: "dist.ProcessGroup | None" = None) -> Attribution:
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
-    With per_token=True w has an entry per token: tau is (N, L), and its row sums are the
+    With per_token=True w has an entry per token: tau is (N, L), and at w = 1 its row sums are the
     per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1
     (demos/estimators.py says what for). Method "unroll" is the definition, and the faster one;
     "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and `group`)
     gives the same numbers with less memory.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
-    training changes (where its gradient is 0, so is tau), and for eps_root = 0 where a gradient is
-    exactly 0; `NotFinite` for losses, Phi or tau not finite.
+    training changes (a gradient of 0 is no error: tau is 0), and for eps_root = 0 where a gradient
+    is exactly 0; `NotFinite` for losses, Phi or tau not finite.
     """
     _check(locals())
     with torch.enable_grad(), _full_precision():
@@ -337,19 +337,19 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
     `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
     it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t), with which the
-    policy gradient is exact: the losses left of this row, of s < t, do not see x_it. A discount
-    below 1 counts less, 0 not at all, what a token does to later ones, as their context and by
-    what is written after it: it adds bias, and as a rule lowers the variance.
+    policy gradient is exact: the row's losses that remain, of s < t, do not see x_it. Below 1, what
+    a token does to later ones, as their context and by what is written after it, counts too little,
+    with 0 not at all: that adds bias, and as a rule lowers the variance.
 
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
-    the paper's GRPO does, N / T within an inner minibatch, whose rewards share a level. baseline
+    the paper's GRPO does, N / T within an inner minibatch, for early steps' rewards differ in size. baseline
     "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those with a
     label at the same position. tau_j depends on x_i through the run they share, so both add bias,
     and as a rule lower the variance. Where it does not (T = 1, SGD, Phi linear in the parameters)
     "loo" adds none, and "mean", in which tau_i itself counts, is (n - 1) / n times "loo".
 
-    scale=True divides by the group's standard deviation about these means: a step is as long
-    whatever the unit of Phi. It adds a bias of order 1/n, and weighs several groups alike. Rewards
+    scale=True divides by the group's standard deviation about its mean: a step is as long whatever
+    the unit of Phi. It adds a bias of order 1/n (n rows), and weighs several groups alike. Rewards
     that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are equal:
     several equal rows get exactly 0 from "mean" and "loo", a group of them also from scale."""
     _check(locals())
@@ -418,8 +418,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     fixed length (then credit is per example). `reward` makes their `Attribution`:
     partial(metagradient, target, metric=..., optimizer=...), with per_token=True where a `discount`
     is given. `policy` and `policy_optimizer` are changed in place; all else is as in the functions
-    called, but that rewards, which may be 1e-9, are centred in the whole batch and scaled by
-    default. Each step needs a `seed` of its own; of a `group` tells `_Processes`."""
+    called. Unlike `advantages` it centres and scales by default: rewards may be 1e-9, and a step
+    would do nothing. Each step needs a `seed` of its own. `_Processes` tells of `group`."""
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
@@ -445,7 +445,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         (loss * len(part_credit) / len(credit)).backward()
         kl = entropy * math.nan if kl is None else kl
         totals += torch.stack([x.detach().sum() for x in (entropy, kl, part.mask)])
-    _update(policy, policy_optimizer, crew)  # theta <- theta + lr / N sum_it A_it grad log pi_it
+    _update(policy, policy_optimizer, crew)  # along (1/N) sum_it A_it grad log pi_it
     (totals,) = crew.sum([totals])
     return StepResult(written, attribution, credit, *(totals[:2] / totals[2]).tolist())
 
@@ -550,7 +550,7 @@ def _back(run, k, z, g, after, adjoint):
 
 def _tangents(run, params, g, of_g):
     """tau_0 by one forward-mode pass: <g, of_g> is linear in w, its derivative by w_it the tangent
-    of nll_it along of_g, over B L. None where a layer has no forward derivative, or another one than
+    of nll_it along of_g, over B L. None where a layer has no forward derivative, or not the one of
     backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>. Held equal by test_15."""
     tokens, _, w = run.batches[0]
     try:
