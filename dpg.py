@@ -342,11 +342,11 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     with 0 not at all: that adds bias, and as a rule lowers the variance.
 
     Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
-    the paper's GRPO does, N / T within an inner minibatch, for early steps' rewards differ in size. baseline
-    "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those with a
-    label at the same position. tau_j depends on x_i through the run they share, so both add bias,
-    and as a rule lower the variance. Where it does not (T = 1, SGD, Phi linear in the parameters)
-    "loo" adds none, and "mean", in which tau_i itself counts, is (n - 1) / n times "loo".
+    the paper's GRPO does, N / T within an inner minibatch, for rewards of early steps differ in
+    size. baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of
+    those with a label at the same position. tau_j depends on x_i through the run they share, so
+    both add bias, and as a rule lower the variance. Where it does not (T = 1, SGD, Phi linear in
+    the parameters) "loo" adds none. "mean", in which tau_i itself counts, is (n - 1) / n times it.
 
     scale=True divides by the group's standard deviation about its mean: a step is as long whatever
     the unit of Phi. It adds a bias of order 1/n (n rows), and weighs several groups alike. Rewards
