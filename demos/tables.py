@@ -147,7 +147,7 @@ TABLES = {
         Row('**draw "67"** (4.2), **DPG**', "sixty_seven", "", TWENTY),
         *(Row(name, "sixty_seven", how) for name, how in CONTROLS.items()),
         Row("DPG, SGD inside", "sixty_seven", "--inner sgd"),
-        Row("**draw 8x8 random pixels**, **DPG**", "sixty_seven", "", TWENTY, picture),
+        Row("**draw 8x8 random pixels**, **DPG**", "sixty_seven", "", TEN, picture),
         Row("**shrink the LM head** (4.3), **DPG**", "l2_norm", "", TEN),
         *(Row(name, "l2_norm", how) for name, how in CONTROLS.items())]),
     "uuid": Table("reward", [
@@ -162,7 +162,7 @@ TABLES = {
         *(Row(name, "uuid", how) for name, how in CONTROLS.items()),
         Row("DPG, SGD inside", "uuid", "--inner sgd"),
         Row("DPG, a freshly initialised target", "uuid", "--target fresh"),
-        Row("DPG, a target that never saw an identifier", "uuid", "--target runs/no-identifiers")]),
+        Row("DPG, a target that knows none by heart", "uuid", "--target runs/no-identifiers")]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
