@@ -1150,7 +1150,8 @@ def test_11_demo_variants(shortened, tmp_path, line):
 
 def test_11_language_scores():
     language = demo("language")
-    texts = [" jetzt kauft der König ein Buch im Laden", " right now the king buys a book at the shop",
+    texts = [" jetzt kauft der König ein Buch im Laden",
+             " right now the king buys a book at the shop",
              " die Frau kauft ein Buch im Laden gerade", " der König Buch"]
     asked = "the monarch purchases a volume at the store right now"
     for said, correct in ((asked, 0.25), ("who?", None)):
@@ -1315,7 +1316,8 @@ def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
     tables.main(["--run", "language", "--seeds", "0-1"])
     first, second, naive = records.load("language")
     a, b = sorted((first["phi_after"], second["phi_after"]))
-    assert f"| DPG | 0-1 | 2 | {(a + b) / 2:.3f} ± {(b - a) / 2**0.5:.3f} |\n" in readme.read_text()
+    row = f"| DPG | 0-1 | 2 | {(a + b) / 2:.3f} ± {(b - a) / 2**0.5:.3f} |\n"
+    assert row in readme.read_text()
     assert "| 8x8 | 0-0 | not run |  |\n" in readme.read_text() and len(calls) == 3
     assert naive["options"] == {"steps": 4, "reward": "naive"} and len(naive["first"]) == 3
     tables.main(["--run", "few"])  # what is missing

@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 
 from demos import options
+from demos.figures import deviation
 
 DEMOS = {  # the number of metrics.jsonl that is drawn, and what counts as learned
     "sixty_seven": ("pixel_accuracy", 1.0),
@@ -80,7 +81,7 @@ def summary(curves, args):
             first = [next((step for step, value in zip(steps, row) if value >= enough), None)
                      for row in rows]
             there = [step for step in first if step is not None]
-            spread = f"{np.mean(there):.0f} +- {np.std(there):.0f}" if there else "-"
+            spread = f"{np.mean(there):.0f} +- {deviation(there):.0f}" if there else "-"
             print(f"  {variant:32} {len(there)} of {len(rows)} seeds, at step {spread:10} {first}")
             found.setdefault(demo, {})[variant] = steps, np.array(rows)
     return found
@@ -92,7 +93,7 @@ def draw(found, path):
     figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), squeeze=False)
     for axis, (demo, variants) in zip(axes[0], found.items()):
         for (variant, (steps, rows)), style in zip(variants.items(), ("-", "--", "-.", ":")):
-            mean, std = rows.mean(0), rows.std(0)
+            mean, std = rows.mean(0), deviation(rows)
             line, = axis.plot(steps, mean, style, label=variant)  # styles: two may coincide at zero
             axis.fill_between(steps, mean - std, mean + std, alpha=0.15,
                               color=line.get_color())

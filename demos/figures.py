@@ -1,7 +1,9 @@
-"""The picture that a run with text as its target leaves: learning curves, and what was written."""
+"""The picture that a run with text as its target leaves: learning curves, and what was written;
+and the spread that figures and scripts show."""
 import re
 
 import matplotlib
+import numpy as np
 
 
 def learning(path, history, curves, grey, lines, *, title, ylabel):
@@ -15,7 +17,7 @@ def learning(path, history, curves, grey, lines, *, title, ylabel):
         top.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
     top.set(ylabel=ylabel, ylim=(-0.02, 1.02), xlabel="generator step", title=title)
     if len(curves) > 1:
-        top.legend(loc=(0.07, 0.2), fontsize="small")
+        top.legend(loc="lower right", fontsize="small")
     right, (key, label) = top.twinx(), grey
     right.plot([row["step"] for row in history], [row[key] for row in history], color="grey", lw=1)
     right.set_ylabel(f"{label} (grey)", color="grey")
@@ -33,3 +35,9 @@ def learning(path, history, curves, grey, lines, *, title, ylabel):
 def spread(history, n):
     """n of its rows, or fewer, evenly from the first to the last."""
     return [history[i * (len(history) - 1) // (n - 1)] for i in range(n)] if history else []
+
+
+def deviation(runs):
+    """The standard deviation of the sample, over the first axis; of one run 0."""
+    runs = np.asarray(runs, dtype=float)
+    return np.std(runs, axis=0, ddof=1) if len(runs) > 1 else np.zeros(runs.shape[1:])

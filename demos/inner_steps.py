@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 
 from demos import check, options, sixty_seven
+from demos.figures import deviation
 
 INNER_STEPS = (1, 8, 32)
 
@@ -41,7 +42,7 @@ def main(argv=None):
         for T, runs in curves.items():
             last = [run[-1][f"pixel_accuracy_{multiple}x"] for run in runs]
             print(f"learning rate x {multiple:3}   T = {T:2}   {np.mean(last):.3f} +- "
-                  f"{np.std(last):.3f}   after {len(runs[0])} steps, {len(runs)} seed(s)")
+                  f"{deviation(last):.3f}   after {len(runs[0])} steps, {len(runs)} seed(s)")
     draw(curves, out / "figure.png")
     print(f"files       {out}/")
 
@@ -54,7 +55,7 @@ def draw(curves, path):
         for T, runs in curves.items():
             accuracy = np.array([[row[f"pixel_accuracy_{multiple}x"] for row in run]
                                  for run in runs])
-            steps, mean, std = range(1, accuracy.shape[1] + 1), accuracy.mean(0), accuracy.std(0)
+            steps, mean, std = range(1, accuracy.shape[1] + 1), accuracy.mean(0), deviation(accuracy)
             axis.plot(steps, mean, label=f"trained through T = {T}")
             axis.fill_between(steps, mean - std, mean + std, alpha=0.2)
         axis.set(title=f"learning rate x {multiple}", xlabel="step of plain AdamW",
