@@ -32,7 +32,7 @@ def sft(lab, batches, *, lr, target=None):
     """Ordinary SFT of a copy of the target: torch.optim.AdamW and the model's own loss.
 
     Yields the parameters after each batch, for a metric."""
-    model = copy.deepcopy(lab.target if target is None else target)
+    model = models.twin(lab.target if target is None else target)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     for batch in tqdm(batches, "check: steps of SFT", file=sys.stderr, leave=False):
         optimizer.zero_grad()

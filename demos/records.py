@@ -65,7 +65,8 @@ def stamp(demo, *checkpoints):
             modules += [m for m in ([one] if one else several.split(", ")) if m not in modules]
     files = [DEMOS.parent / "dpg.py", *(DEMOS / f"{name}.py" for name in sorted(modules))]
     for folder in map(pathlib.Path, checkpoints):
-        files += sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+        files += sorted(p for p in (folder.iterdir() if folder.is_dir() else [folder])
+                        if p.is_file())
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())

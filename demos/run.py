@@ -23,7 +23,6 @@ import dpg
 from demos import check, records, rewards
 from demos.models import SAMPLES, Models
 
-PROMPTS = 64  # N = 256 rollouts a step
 CHECKPOINT_SECONDS = 60  # between two checkpoints, at least
 
 
@@ -90,7 +89,7 @@ class Run:
 
     @one_line
     def train(self, metric, inner, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
-              entropy_coef, temperature=1.0, prompts=PROMPTS, reads=None, kl_left=1.0):
+              entropy_coef, prompts, temperature=1.0, reads=None, kl_left=1.0):
         """--steps times dpg_step; observe(step, result) gives its numbers, kept in metrics.jsonl.
 
         The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
@@ -140,8 +139,8 @@ class Run:
                     with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
                         log.write(json.dumps(row) + "\n")
                 self.checkpoint(optimizer, decay, last=step == end - 1)
-                bar.set_postfix_str(
-                    f"Phi {row['phi']:.3f}  {show.replace('_', ' ')} {row[show]:.3f}")
+                shown = row[show][:40] if isinstance(row[show], str) else f"{row[show]:.3f}"
+                bar.set_postfix_str(f"Phi {row['phi']:.3f}  {show.replace('_', ' ')} {shown}")
         if self.group is not None:
             dist.destroy_process_group()
         if self.rank > 0:
@@ -196,7 +195,7 @@ class Run:
         if self.rank > 0 or not last and now - self.kept < CHECKPOINT_SECONDS:
             return
         buffer = io.BytesIO()
-        torch.save({"policy": self.models.policy.state_dict(), "optimizer": optimizer.state_dict(),
+        torch.save({"policy": self.models.trainable(), "optimizer": optimizer.state_dict(),
                     "decay": decay.state_dict(), "rng": self.models.rng.getstate(),
                     "shuffle": self.shuffle.get_state(), "history": self.history,
                     "seconds": now - self.began}, buffer)
@@ -212,7 +211,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             self.parser.error(f"--resume: {path} is damaged; begin anew, without --resume")
-        self.models.policy.load_state_dict(state["policy"])
+        self.models.policy.load_state_dict(state["policy"], strict=False)  # the rest is frozen
         optimizer.load_state_dict(state["optimizer"])
         decay.load_state_dict(state["decay"])
         self.models.rng.setstate(state["rng"])

@@ -119,7 +119,7 @@ def untrained(record):
         ("exact_after", "exact_before"), ("soft_after", "soft_before"),
         ("exact_sampled_after", "exact_sampled_before"),
         ("sft_loglik_after_10T", "sft_loglik_control_10T"),
-        ("sft_loglik_transfer_10T", "sft_loglik_transfer_control_10T"))}
+        ("sft_loglik_transfer_after_10T", "sft_loglik_transfer_control_10T"))}
 
 
 def reached(record, rate):
@@ -155,7 +155,7 @@ TABLES = {
         Column("Exact", spread("exact_after")), Column("Soft", spread("soft_after")),
         Column("Exact, sampled", spread("exact_sampled_after")),
         Column("plain SFT", spread("sft_loglik_after_10T")),
-        Column("another target", spread("sft_loglik_transfer_10T")),
+        Column("another target", spread("sft_loglik_transfer_after_10T")),
         Column("seconds", spread("seconds", 0))], [
         Row("**DPG**", "uuid", "", TWENTY),
         Row("untrained generator, the same UUIDs", "uuid", "", TWENTY, shows=untrained),

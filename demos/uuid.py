@@ -22,9 +22,8 @@ import random
 import re
 
 import dpg
-from demos import check, corpus, figures, options
-from demos.models import SAMPLES
-from demos.run import PROMPTS, Run
+from demos import corpus, options, strings
+from demos.run import Run
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"  # of seed 0
 T, INNER, SGD_LR = 8, dpg.AdamW(5e-4, eps_root=3e-4), 1.0
@@ -34,9 +33,9 @@ SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, en
 
 
 def parser():
-    p = options.parser(__file__, __doc__, steps=150, target=str(options.TINY_LM))
+    p = options.parser(__file__, __doc__, steps=150)
     p.add_argument("--uuid", type=uuid_text, help=f"default {UUID} for seed 0, else a random one")
-    options.preset(p, steps=360)
+    options.presets(p, paper=360, smollm2=600)
     return p
 
 
@@ -52,106 +51,17 @@ def wanted(args):
     return args.uuid or (own if args.seed else UUID)
 
 
-def longest(text, uuid):
-    """Length of the longest substring of the UUID that the text contains."""
-    best = 0
-    for i in range(len(uuid)):
-        while i + best < len(uuid) and uuid[i:i + best + 1] in text:
-            best += 1
-    return best
-
-
-def scores(texts, uuid):
-    """Exact: the share of texts that contain the UUID. Soft: mean longest substring / 36."""
-    return (sum(uuid in text for text in texts) / len(texts),
-            sum(longest(text, uuid) for text in texts) / len(texts) / len(uuid))
-
-
 def main(argv=None):
     run = Run(parser(), argv, lambda models: next((why for why, texts in (
         ("--prompts: one holds the UUID", models.args.prompts or ()),
         ("--uuid: tiny-lm knows this one by heart", corpus.KNOWN),
     ) if any(wanted(models.args) in text for text in texts)), None))
-    args, models, uuid = run.args, run.models, wanted(run.args)
-    length = models.length([uuid]) - 1  # a rollout has room for the UUID and no more
-    settings, adam = SETTINGS | {"max_new_tokens": length}, INNER
-    if args.preset == "paper":
-        settings, adam = options.PAPER, options.PAPER_INNER
-    length, metric = settings["max_new_tokens"], models.likelihood(models.examples([uuid]))
-    inner = adam if args.inner == "adam" else dpg.SGD(SGD_LR)
-
-    def answers(policy, **how):
-        return models.texts(models.rollouts(policy, models.held_out, max_new_tokens=length, **how))
-
-    def observe(step, result):
-        texts = models.texts(result.rollouts)
-        exact, soft = scores(texts, uuid)
-        found = {"exact": exact, "soft": soft, "best": max(texts, key=lambda t: longest(t, uuid))}
-        if step % 5 == 0:
-            found["exact_held_out"], found["soft_held_out"] = scores(
-                answers(models.policy, temperature=0), uuid)
-        return found
-
-    def measure(policy, when, taught, transfer):
-        """The first greedy answer, and everything that is measured before and after."""
-        greedy = answers(policy, temperature=0)
-        exact, soft = scores(greedy, uuid)
-        fresh = check.fresh_data(models, policy, batch=settings["prompts"] * SAMPLES // T,
-                                 steps=10 * T, max_new_tokens=length)
-        # The text was made for one target. Does it teach another, of other random weights?
-        other = models.fresh(models.target.config, args.seed + 1)
-        loglik, others = ([metric(params).item() for params in check.sft(
-            models, fresh, lr=adam.lr, target=target)] for target in (models.target, other))
-        return greedy[0], {
-            f"exact_{when}": exact, f"soft_{when}": soft,
-            f"exact_sampled_{when}": scores(answers(policy, samples=SAMPLES), uuid)[0],
-            f"phi_{when}": check.phi(models, policy, metric, inner, T, max_new_tokens=length,
-                                     prompts=settings["prompts"]),
-            f"sft_loglik_{taught}": loglik[T - 1], f"sft_loglik_{taught}_10T": loglik[-1],
-            f"sft_loglik_{transfer}_10T": others[-1]}
-
-    said, before = measure(models.reference, "before", "control", "transfer_control")
-    history = run.train(metric, inner, observe, show="exact", steps=T, **settings)
-    says, after = measure(models.policy, "after", "after", "transfer")
-    result = run.finish(
-        uuid=uuid, loglik_untrained=metric(dict(models.target.named_parameters())).item(),
-        **before, **after)
-    draw(history, said, says, result, run.folder / "figure.png")
-    report(result, said, says, run)
-
-
-def report(result, said, says, run):
-    def change(score, before="before", after="after"):
-        return f"{result[f'{score}_{before}']:.3f} -> {result[f'{score}_{after}']:.3f}"
-
-    print(f"asked       {run.models.held_out[0]!r}")
-    print(f"before      {said.strip()!r}")
-    print(f"after       {says.strip()!r}")
-    print(f"wanted      {result['uuid']!r}")
-    print(f"Exact       {change('exact')}   Soft {change('soft')}   "
-          f"greedy, on {len(run.models.held_out)} held-out prompts")
-    print(f"sampled     {change('exact_sampled')}   Exact, at temperature 1")
-    print(f"Phi         {change('phi')}   after training on D")
-    print(f"plain SFT   {change('sft_loglik', 'control')} at {T} step(s), "
-          f"{change('sft_loglik', 'control_10T', 'after_10T')} at {10 * T}: the UUID's "
-          "log-likelihood per token, torch.optim.AdamW on fresh text")
-    print(f"transfer    {change('sft_loglik', 'transfer_control_10T', 'transfer_10T')} at "
-          f"{10 * T}: of a target with other random weights")
-    print(f"files       {run.folder}/   {result['seconds']} s")
-
-
-def draw(history, said, says, result, path):
-    figures.learning(
-        path, history, (
-            ("soft", "Soft (longest part of the UUID)"), ("exact", "Exact (whole UUID)"),
-            ("exact_held_out", "Exact, greedy, held-out prompts")),
-        ("phi", "Phi, nats per token"), [
-            f"best of {PROMPTS * SAMPLES} samples:",
-            *(f"step {row['step']:4d}   {' '.join(row['best'].split())[:60]}"
-              for row in figures.spread(history, 7)),
-            "", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
-            f"held-out prompt, greedy, after:   {says.strip()[:60]}"],
-        title=f"The generator learns to write {result['uuid']}", ylabel="share of a step's samples")
+    args, uuid = run.args, wanted(run.args)
+    steps, adam, settings = {
+        "laptop": (T, INNER, SETTINGS), "paper": (1, options.PAPER_INNER, options.PAPER),
+        "smollm2": (1, options.SMOLLM2_INNER, options.SMOLLM2_SETTINGS)}[args.preset]
+    strings.main(run, "uuid", uuid, steps, adam if args.inner == "adam" else dpg.SGD(SGD_LR),
+                 settings, sft_lr=adam.lr, transfer=args.preset == "laptop")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""What the demos share in which the generator comes to write one string, a UUID or a code.
+
+Phi is the log-likelihood that the target gives to the string after training on the generator's
+text. The scores look for it in what is written; the reward never does.
+"""
+from demos import check, figures
+from demos.models import SAMPLES
+
+
+def longest(text, wanted):
+    """Length of the longest substring of the wanted string that the text contains."""
+    best = 0
+    for i in range(len(wanted)):
+        while i + best < len(wanted) and wanted[i:i + best + 1] in text:
+            best += 1
+    return best
+
+
+def scores(texts, wanted):
+    """Exact: the share of texts that contain the string. Soft: mean longest substring / length.
+    In place: the mean share of its characters that a text has where it has them."""
+    n = len(texts)
+    return {"exact": sum(wanted in text for text in texts) / n,
+            "soft": sum(longest(text, wanted) for text in texts) / n / len(wanted),
+            "in_place": sum(a == b for text in texts for a, b in zip(text, wanted))
+            / n / len(wanted)}
+
+
+def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", transfer=False):
+    """Trains the generator of a run to write `wanted`, which result.json calls `name`; `transfer`
+    asks whether its text teaches another target, of this shape and other random weights, too."""
+    settings, models, prompts = dict(settings), run.models, settings["prompts"]
+    # Where the settings do not say otherwise, there is room for the string and no more.
+    length = settings.setdefault("max_new_tokens", models.length([wanted]) - 1)
+    metric = models.likelihood(models.examples([wanted]))
+
+    def answers(policy, **how):
+        return models.texts(models.rollouts(policy, models.held_out, max_new_tokens=length, **how))
+
+    def observe(step, result):
+        texts = models.texts(result.rollouts)
+        best = " ".join(max(texts, key=lambda text: longest(text, wanted)).split())
+        found = scores(texts, wanted) | {"best": best}
+        if step % 5 == 0:
+            held_out = scores(answers(models.policy, temperature=0), wanted)
+            found |= {f"{score}_held_out": value for score, value in held_out.items()}
+        return found
+
+    def measure(policy, when, taught):
+        """The first greedy answer, and everything that is measured before and after."""
+        greedy = answers(policy, temperature=0)
+        found = {f"{score}_{when}": value for score, value in scores(greedy, wanted).items()}
+        found[f"exact_sampled_{when}"] = scores(answers(policy, samples=SAMPLES), wanted)["exact"]
+        found[f"phi_{when}"] = check.phi(models, policy, metric, inner, T, prompts=prompts,
+                                         max_new_tokens=length)
+        fresh = check.fresh_data(models, policy, batch=prompts * SAMPLES // T, steps=10 * T,
+                                 max_new_tokens=length)
+        targets = {"sft_loglik": models.target}
+        if transfer:
+            targets["sft_loglik_transfer"] = models.fresh(models.target.config, run.args.seed + 1)
+        for key, target in targets.items():
+            loglik = [metric(params).item()
+                      for params in check.sft(models, fresh, lr=sft_lr, target=target)]
+            found |= {f"{key}_{taught}": loglik[T - 1], f"{key}_{taught}_10T": loglik[-1]}
+        return greedy[0], found
+
+    said, before = measure(models.reference, "before", "control")
+    history = run.train(metric, inner, observe, show=show, steps=T, **settings)
+    says, after = measure(models.policy, "after", "after")
+    result = run.finish(
+        **{name: wanted}, **before, **after,
+        loglik_untrained=metric(dict(models.target.named_parameters())).item())
+    draw(history, said, says, result, wanted, prompts, run.folder / "figure.png")
+    report(result, said, says, wanted, T, run)
+
+
+def report(result, said, says, wanted, T, run):
+    def change(score, before="before", after="after"):
+        return f"{result[f'{score}_{before}']:.3f} -> {result[f'{score}_{after}']:.3f}"
+
+    print(f"asked       {run.models.held_out[0]!r}")
+    print(f"before      {said.strip()!r}")
+    print(f"after       {says.strip()!r}")
+    print(f"wanted      {wanted!r}")
+    print(f"Exact       {change('exact')}   Soft {change('soft')}   "
+          f"greedy, on {len(run.models.held_out)} held-out prompts")
+    print(f"sampled     {change('exact_sampled')}   Exact, at temperature 1")
+    print(f"Phi         {change('phi')}   after training on D")
+    print(f"plain SFT   {change('sft_loglik', 'control')} at {T} step(s), "
+          f"{change('sft_loglik', 'control_10T', 'after_10T')} at {10 * T}: its log-likelihood "
+          "per token, torch.optim.AdamW on fresh text")
+    if "sft_loglik_transfer_after" in result:
+        print(f"transfer    {change('sft_loglik_transfer', 'control_10T', 'after_10T')} at "
+              f"{10 * T}: of a target with other random weights")
+    print(f"files       {run.folder}/   {result['seconds']} s")
+
+
+def draw(history, said, says, result, wanted, prompts, path):
+    figures.learning(
+        path, history, (
+            ("soft", "Soft (its longest part)"), ("exact", "Exact (all of it)"),
+            ("exact_held_out", "Exact, greedy, held-out prompts")),
+        ("phi", "Phi, nats per token"), [
+            f"best of {prompts * SAMPLES} samples:",
+            *(f"step {row['step']:4d}   {row['best'][:60]}" for row in figures.spread(history, 7)),
+            "", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
+            f"held-out prompt, greedy, after:   {says.strip()[:60]}"],
+        title=f"The generator learns to write {wanted}", ylabel="share of a step's samples")
