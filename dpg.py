@@ -67,7 +67,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
@@ -820,15 +821,14 @@ def _update(policy, optimizer, crew):
 
 # ============================================================================== room 3: the checks
 
-class _Double(torch.overrides.TorchFunctionMode, contextlib.ContextDecorator):
+class _Double(TorchDispatchMode, contextlib.ContextDecorator):
     """float64 stays float64 where a model asks for float32, as the norms of most do."""
 
-    def __torch_function__(self, call, types, given=(), named=None):
+    def __torch_dispatch__(self, call, types, given=(), named=None):
         named = named or {}
-        if given and getattr(given[0], "dtype", None) is torch.float64:
-            call = torch.Tensor.double if call is torch.Tensor.float else call
-            given, named = tree_map(lambda x: torch.float64 if x is torch.float32 else x,
-                                    (given, named))
+        if call is torch.ops.aten._to_copy.default and given[0].dtype is torch.float64 and (
+                named.get("dtype") is torch.float32):
+            named = named | {"dtype": torch.float64}
         return call(*given, **named)
 
 

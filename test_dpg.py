@@ -68,6 +68,8 @@ from dataclasses import replace
 from functools import cache, partial
 from unittest import mock
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -1044,7 +1046,7 @@ def demo(name):
 
 def room(name):
     """What the demos share, as they import it."""
-    demo("uuid")
+    demo("uuid"), demo("qr_code")
     return sys.modules[f"demos.{name}"]
 
 
@@ -1058,11 +1060,11 @@ def written(folder):
 @pytest.fixture
 def shortened(monkeypatch, tmp_path):
     """Runs a demo for two steps on few prompts."""
-    check, options, patterns = demo("uuid").check, demo("uuid").options, demo("qr_code").patterns
+    check, options, patterns = room("check"), room("options"), room("patterns")
     for module, name, value in ((room("models"), "HELD_OUT", 8), (check, "CHECK_STEPS", 3),
                                 (check, "CHECK_BATCH", 8)):
         monkeypatch.setattr(module, name, value)
-    for module in (patterns, demo("uuid"), demo("language")):
+    for module in (patterns, demo("uuid"), demo("language"), demo("smollm2")):
         monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | {"prompts": 8})
     monkeypatch.setattr(options, "PAPER", options.PAPER | {"prompts": 8, "max_new_tokens": 37})
     for name, value in (("STEPS", 2), ("SCORED", 8), ("WANTED", 16), ("SFT_STEPS", 4)):
@@ -1119,6 +1121,7 @@ def test_11_uuid_as_a_person_runs_it(tmp_path):
         "uuid --inner sgd", "uuid --reward naive", "l2_norm --reward influence --inner-steps 2",
         f"uuid --target {TINY}",
         "uuid --credit example --baseline group --reward shuffled",
+        f"smollm2 --generator {TINY} --layers 1 --reward naive",
         "sixty_seven --inner sgd --temperature 1", "sixty_seven --reward naive --inner-steps 3",
         "l2_norm --reward naive --inner-steps 2", "language --language fr --inner sgd",
         "language --language it --reward naive"))])
@@ -1646,12 +1649,61 @@ def test_12_generators_of_another_make(tmp_path):
                                         generation_config=none))
 
 
+def gguf_file(path):
+    """A small Llama of two blocks in that format, with random weights."""
+    words = [*"RTabcdefghijklmnopqrstuvwxyz0123456789-:=>,.Ġ", "th", "<end>"]
+    file, width, inner, end = gguf.GGUFWriter(path, "llama"), 8, 12, len(words) - 1
+    for name, value in dict(
+            block_count=2, context_length=256, embedding_length=width, feed_forward_length=inner,
+            head_count=2, head_count_kv=2, layer_norm_rms_eps=1e-5, rope_freq_base=1e4,
+            rope_dimension_count=4, vocab_size=len(words), tokenizer_model="gpt2",
+            token_list=words, token_merges=["t h"], token_types=[1] * end + [3], bos_token_id=end,
+            eos_token_id=end).items():
+        getattr(file, "add_" + name)(value)
+    shapes = {"token_embd": (len(words), width), "output_norm": (width,)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.attn_{x}": (width, width) for x in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.{x}_norm": (width,) for x in ("attn", "ffn")}
+        shapes |= {f"blk.{i}.ffn_gate": (inner, width), f"blk.{i}.ffn_up": (inner, width),
+                   f"blk.{i}.ffn_down": (width, inner)}
+    random_numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        file.add_tensor(name + ".weight", random_numbers.normal(size=shape).astype(np.float32))
+    for write in (file.write_header_to_file, file.write_kv_data_to_file,
+                  file.write_tensors_to_file, file.close):
+        write()
+    return str(path)
+
+
+def test_12_a_gguf_file_and_frozen_blocks(shortened, monkeypatch, tmp_path):
+    """What is frozen is the same tensor in generator, target and reference, and stays."""
+    path, seen, run = gguf_file(tmp_path / "tiny.gguf"), [], demo("smollm2").Run
+    monkeypatch.setattr(demo("smollm2"), "Run", lambda *how: seen.append(run(*how)) or seen[-1])
+    with pytest.raises(SystemExit):
+        shortened("smollm2", "--generator", path, "--layers", "1", "--code", "a7th", "--stop", "1")
+    policy, target = seen[0].models.policy, seen[0].models.target
+    reference = dict(seen[0].models.reference.named_parameters())
+    kept = torch.load(tmp_path / "out/checkpoint.pt")["policy"]
+    for (name, p), other in zip(policy.named_parameters(), target.parameters(), strict=True):
+        trained = "layers.1." in name or name == "model.norm.weight"
+        assert (p is not other, p.requires_grad, name in kept) == (trained, trained, trained)
+        assert (p is not reference[name]) == (not torch.equal(p, reference[name])) == trained
+
+
+@pytest.mark.parametrize("error", [ImportError("no gguf"), OSError("We couldn't connect. Try")])
+def test_12_two_ways_to_the_real_model(error, tmp_path):
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained", side_effect=error):
+        stops(f"{str(error)[:10]}.*the two ways.*hub.*FILE.gguf", demo("smollm2").main, [])
+    stops("no file.*the two ways", demo("uuid").main, ["--generator", str(tmp_path / "no.gguf")])
+    stops("--layers 2: the model has 1 blocks", demo("uuid").main, ["--layers", "2"])
+
+
 @slow
 def test_12_chats_and_the_papers_preset(shortened, tmp_path):
     options = demo("uuid").options
     chat = lab(tmp_path, target="fresh", tokenizer_config={"chat_template": (
         "{% for m in messages %}to {{ m.role }}: {{ m.content }}{% endfor %} answer:")})
-    tokens, mask = chat.prompts(["the king", "a king"])
+    tokens, mask = chat.prompts(["the king buys a book", "a king"])
     said = chat.tokenizer.decode(tokens[1][mask[1].bool()], skip_special_tokens=True)
     assert said.startswith("to user: Rephrase") and said.endswith("a king answer:")
     assert (mask[1, 0], mask[1, -1]) == (0, 1)

@@ -192,8 +192,7 @@ def prompt(sentence):
 
 def chat_prompt(text):
     """The same request to a model that was trained to chat."""
-    return ("Rephrase the following text in different terms, and keep its meaning. Answer with the "
-            f"new text alone.\n\n{text}")
+    return f"Rephrase: {text}"
 
 
 def answer(frame, sentence, rng, known):

@@ -20,7 +20,7 @@ from demos.run import Run
 EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, options.WEIGHTS["max_new_tokens"]
 # Closer to its start than for a picture: text that is merely noisier shrinks the head too, and with
 # an entropy bonus the shuffled rewards came half as far as DPG.
-SETTINGS = options.WEIGHTS | dict(kl_coef=0.1, entropy_coef=0.0)
+SETTINGS = options.WEIGHTS | dict(prompts=64, kl_coef=0.1, entropy_coef=0.0)
 
 
 def parser():

@@ -56,7 +56,7 @@ def main(argv=None):
         wanted(models.args) in text for text in models.args.prompts or ()) else None)
     strings.main(run, "code", wanted(run.args), 1,
                  INNER if run.args.inner == "adam" else dpg.SGD(SGD_LR), SETTINGS,
-                 sft_lr=INNER.lr, show="best")
+                 sft_lr=INNER.lr, show="best", every=15, samples=1)
 
 
 def wanted(args):

@@ -26,9 +26,13 @@ def scores(texts, wanted):
             / n / len(wanted)}
 
 
-def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", transfer=False):
-    """Trains the generator of a run to write `wanted`, which result.json calls `name`; `transfer`
-    asks whether its text teaches another target, of this shape and other random weights, too."""
+def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", every=5,
+         samples=SAMPLES, transfer=False):
+    """Trains the generator of a run to write `wanted`, which result.json calls `name`.
+
+    `every` so many steps the held-out prompts are answered; `samples` answers to each are drawn for
+    the score at temperature 1; `transfer` asks whether the text teaches another target, of this
+    shape and other random weights, too."""
     settings, models, prompts = dict(settings), run.models, settings["prompts"]
     # Where the settings do not say otherwise, there is room for the string and no more.
     length = settings.setdefault("max_new_tokens", models.length([wanted]) - 1)
@@ -41,7 +45,7 @@ def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", transfe
         texts = models.texts(result.rollouts)
         best = " ".join(max(texts, key=lambda text: longest(text, wanted)).split())
         found = scores(texts, wanted) | {"best": best}
-        if step % 5 == 0:
+        if step % every == 0:
             held_out = scores(answers(models.policy, temperature=0), wanted)
             found |= {f"{score}_held_out": value for score, value in held_out.items()}
         return found
@@ -50,7 +54,7 @@ def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", transfe
         """The first greedy answer, and everything that is measured before and after."""
         greedy = answers(policy, temperature=0)
         found = {f"{score}_{when}": value for score, value in scores(greedy, wanted).items()}
-        found[f"exact_sampled_{when}"] = scores(answers(policy, samples=SAMPLES), wanted)["exact"]
+        found[f"exact_sampled_{when}"] = scores(answers(policy, samples=samples), wanted)["exact"]
         found[f"phi_{when}"] = check.phi(models, policy, metric, inner, T, prompts=prompts,
                                          max_new_tokens=length)
         fresh = check.fresh_data(models, policy, batch=prompts * SAMPLES // T, steps=10 * T,
