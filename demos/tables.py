@@ -129,6 +129,21 @@ def reached(record, rate):
     return record["pixel_accuracy_after" + rate]
 
 
+def outcome(when):
+    """What the summary shows of a run: of the norm its change in per cent, else a share."""
+    def value(record):
+        if record["demo"] == "l2_norm":
+            norm = record["norm_control" if when == "before" else "norm_after"]
+            return 100 * (norm / record["norm_before"] - 1)
+        name = dict(uuid="exact", smollm2="exact", language="fraction").get(record["demo"])
+        return record[f"{name or 'pixel_accuracy'}_{when}"]
+    return value
+
+
+def average(value):
+    return lambda found: f"{statistics.mean(map(value, found)):.2f}"
+
+
 def perplexity(data):
     return spread(lambda record: record["perplexity"][data], 2)
 
@@ -136,6 +151,17 @@ def perplexity(data):
 CONTROLS = {name: f"--reward {name}" for name in ("naive", "shuffled", "influence")}
 LANGUAGES = dict(German="de", Spanish="es", French="fr", Italian="it")
 TABLES = {
+    "summary": Table("result (section of the paper)", [
+        Column("**DPG**", spread(outcome("after"))),
+        *(Column(name, average(outcome("after")), how, THREE) for name, how in CONTROLS.items()),
+        Column("untrained", average(outcome("before"))), Column("seconds", spread("seconds", 0))], [
+        Row("QR code: pixels right (4.1)", "qr_code", "", TEN, digits),
+        Row('"67": pixels right (4.2)', "sixty_seven", "", TWENTY),
+        Row("LM head's norm, change in % (4.3)", "l2_norm", "", TEN),
+        *(Row(f"answers in {language} (4.4)", "language", f"--language {code}", FIVE)
+          for language, code in LANGUAGES.items()),
+        Row("answers with the whole UUID (4.5)", "uuid", "", TWENTY),
+        Row("SmolLM2: answers with the code", "smollm2", "", FIVE)]),
     "weights": Table("what the text must do to the target, reward", [
         Column("reached", spread(lambda r: reached(r, ""))),
         Column("read", share(lambda r: r["payload"] == r["text"])),
