@@ -28,9 +28,9 @@ so small that every dataset of n texts is trained on: expectations are sums, not
     one wrong argument                          a ValueError that names it
 10  a flipped sign, no Hessian, eps_root outside the root, the usual token mean as the loss, B - 1
     for B, truncated sampling, padding that is seen: a check above fails on each
-11  demos, README's and the header's examples   same seed, same numbers; what they say they print
+11  demos; README's and the header's examples   same seed, same numbers; one's own metric rises
     influence; the LM head alone, at T = 1      gradients' dot products; all parameters  1e-4, 0
-    README's tables                             the records of the runs
+    READMEs' tables                             the records of the runs
 12  the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
     two processes: tau, updated generator       one process                              1e-10
     eight kinds of transformers models          central differences (float32 inside)     1e-3
@@ -1023,7 +1023,8 @@ def test_10_wrong_samples_fail(tmp_path):
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = "demos/tiny-lm"
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+OWN, TRL = (re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)[0]
+            for name in ("README.md", "demos/README.md"))
 
 
 def person(folder, name, *launcher):
@@ -1349,17 +1350,18 @@ def test_11_pretrain(tmp_path, monkeypatch):
     assert new == shipped and "lm_head.weight" in shipped  # a head of its own
 
 
-def test_11_readme_and_header(monkeypatch, capsys):
-    """Their blocks print what they say; the one for TRL hands its trainer tau as the reward."""
+def test_11_readme_and_header(monkeypatch, tmp_path, capsys):
+    """One's own metric rises; the block for TRL hands its trainer tau as the reward."""
     completions, names = [[10, 20, 0], [30], [20, 20, 20, 20, 10], [40, 0]], {}
     trl = mock.MagicMock(GRPOConfig=lambda out, **how: types.SimpleNamespace(**how))
     monkeypatch.setitem(sys.modules, "trl", trl)
     monkeypatch.setitem(sys.modules, "datasets", datasets := mock.MagicMock())
     monkeypatch.chdir(ROOT)
-    for code in README:
-        exec(code, names)
-    said = re.findall(r"print\(.*\)  # (.*)", "".join(README))
-    assert said and capsys.readouterr().out.splitlines() == said
+    exec(OWN.replace("range(101)", "range(21)"), names)
+    *checks, start, end = capsys.readouterr().out.splitlines()
+    assert checks == ["True", "True"] and OWN.count("\n") <= 25
+    assert float(end.split()[0]) > float(start.split()[0]) + 0.1
+    exec(TRL, names)
     assert trl.GRPOTrainer.return_value.train.called
     assert datasets.Dataset.from_dict.call_args[0][0]["prompt"]
     found = trl.GRPOTrainer.call_args[0][1](  # as TRL calls it
@@ -1368,10 +1370,12 @@ def test_11_readme_and_header(monkeypatch, capsys):
     mask[:, 0] = False
     tokens = mask.long().masked_scatter(mask, torch.tensor(sum(completions, [])))
     tokens[:, 0] = names["tokenizer"].eos_token_id
-    tau = metagradient(names["target"], Examples(tokens, mask), names["phi"], names["inner"]).tau
+    how = names["how"] | {"per_token": False}
+    tau = metagradient(names["target"], Examples(tokens, mask), **how).tau
     close(torch.tensor(found), tau / tau.square().mean().sqrt(), 1e-4)
+    demo("loops").main(["--out", str(tmp_path / "loops.png")])
     failures, tried = doctest.testmod(dpg)
-    assert tried and not failures
+    assert tried and not failures and (tmp_path / "loops.png").exists()
 
 
 # ---------------------------------------------------------------- 12: past the laptop
