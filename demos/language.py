@@ -111,7 +111,7 @@ def main(argv=None):
     real = perplexity([models.examples(sentences(corpus.frames(models.rng, SFT_BATCH)))
                        for _ in range(SFT_STEPS)])
     before, control, said = measure(models.reference)
-    history = run.train(metric, inner, observe, show="fraction", steps=T, **settings)
+    run.train(metric, inner, observe, show="fraction", steps=T, **settings)
     after, generated, says = measure(models.policy)
     result = run.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},
@@ -119,7 +119,7 @@ def main(argv=None):
         perplexity={"none": perplexity([]), "control": control, "generated": generated,
                     "real": real},
         gap_closed=math.log(control / generated) / math.log(control / real))
-    draw(history, prompts, said, says, result, run.folder / "figure.png")
+    draw(run.folder, run.folder / "figure.png")
     report(result, prompts, said, says, run)
 
 
@@ -144,17 +144,29 @@ def report(result, prompts, said, says, run):
     print(f"files       {run.folder}/   {result['seconds']} s")
 
 
-def draw(history, prompts, said, says, result, path):
-    name = NAMES[result["language"]]
-    figures.learning(
-        path, history, [("fraction", "")],
-        ("bigram_entropy", "bigram entropy of a step's samples, nats"), [
-            *(f"step {row['step']:4d}   {row['sample']}" for row in figures.spread(history, 6)),
-            "", f"held-out prompt         {prompts[0]}",
-            f"answer, greedy, before  {said[0].strip()}",
-            f"answer, greedy, after   {says[0].strip()}"],
-        title=f"Asked in English, it comes to answer in {name}",
-        ylabel=f"share in {name}, samples at temperature 1")
+def draw(folder, path):
+    result, history, _ = figures.read(folder)
+    language, steps = result["language"], [row["step"] for row in history]
+    figure = figures.figure(5, f"Asked in English, the generator comes to answer in "
+                            f"{NAMES[language]}")
+    rows = [(f"step {row['step']}", (text := row["sample"].strip()[:60]), 0,
+             len(text) * corpus.in_language(row["sample"], language))
+            for row in figures.spread(history, 6)]
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 5))
+    share, entropy = bottom.subplots(1, 2, width_ratios=(3, 2))
+    if rows:
+        figures.texts(top.subplots(), rows)
+    share.plot(steps, [row["fraction"] for row in history], label="sampled")
+    share.plot((0, result["steps"]), (result["fraction_before"], result["fraction_after"]), "o",
+               clip_on=False, label="greedy, held-out prompts, before and after")
+    figures.level(share, result["fraction_sampled_before"], "control: untrained, sampled")
+    share.set(title=f"share of the answers in {NAMES[language]}", ylim=(-0.02, 1.02))
+    share.legend(loc="center right")
+    entropy.plot(steps, [row["bigram_entropy"] for row in history], color=figures.GREEN)
+    entropy.set(title="bigram entropy of the samples, nats", ylim=(0, None))
+    for axis in (share, entropy):
+        axis.set_xlabel("generator step")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,18 @@ def path(demo):
 
 
 def load(demo):
-    return [json.loads(line) for line in path(demo).read_text(encoding="utf-8").splitlines()
-            ] if path(demo).exists() else []
+    return rows(path(demo))
+
+
+def rows(path):
+    """Of a file with a JSON object a line; without the file none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+            ] if path.exists() else []
+
+
+def anywhere(text):
+    """Where this folder lies is no news."""
+    return text.replace(f"{DEMOS.parent}{os.sep}", "")
 
 
 def text(rows):
@@ -40,7 +50,7 @@ def add(result, options, history, made_with):
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__}])
     with open(path(result["demo"]), "a", encoding="utf-8") as file:
-        file.write(line.replace(f"{DEMOS.parent}{os.sep}", ""))  # where this folder lies is no news
+        file.write(anywhere(line))
 
 
 def replace(demo, rows):

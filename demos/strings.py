@@ -69,12 +69,12 @@ def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", every=5
         return greedy[0], found
 
     said, before = measure(models.reference, "before", "control")
-    history = run.train(metric, inner, observe, show=show, steps=T, **settings)
+    run.train(metric, inner, observe, show=show, steps=T, **settings)
     says, after = measure(models.policy, "after", "after")
     result = run.finish(
         **{name: wanted}, **before, **after,
         loglik_untrained=metric(dict(models.target.named_parameters())).item())
-    draw(history, said, says, result, wanted, prompts, run.folder / "figure.png")
+    draw(run.folder, run.folder / "figure.png")
     report(result, said, says, wanted, T, run)
 
 
@@ -99,14 +99,33 @@ def report(result, said, says, wanted, T, run):
     print(f"files       {run.folder}/   {result['seconds']} s")
 
 
-def draw(history, said, says, result, wanted, prompts, path):
-    figures.learning(
-        path, history, (
-            ("soft", "Soft (its longest part)"), ("exact", "Exact (all of it)"),
-            ("exact_held_out", "Exact, greedy, held-out prompts")),
-        ("phi", "Phi, nats per token"), [
-            f"best of {prompts * SAMPLES} samples:",
-            *(f"step {row['step']:4d}   {row['best'][:60]}" for row in figures.spread(history, 7)),
-            "", f"held-out prompt, greedy, before:  {said.strip()[:60]}",
-            f"held-out prompt, greedy, after:   {says.strip()[:60]}"],
-        title=f"The generator learns to write {wanted}", ylabel="share of a step's samples")
+def place(text, wanted):
+    """Where the text has its longest part of the wanted string."""
+    n = longest(text, wanted)
+    return next((at, at + n) for i in range(len(wanted)) if (at := text.find(wanted[i:i + n])) >= 0)
+
+
+def draw(folder, path):
+    result, history, _ = figures.read(folder)
+    name = "uuid" if "uuid" in result else "code"
+    wanted, rows = result[name], [("wanted", result[name], 0, len(result[name]))]
+    whole = next((i for i, row in enumerate(history) if wanted in row["best"]), len(history))
+    for row in figures.spread(history[:whole + 1], 7):
+        start, end = place(row["best"], wanted)
+        cut = max(0, min(start - 12, len(row["best"]) - 60))
+        rows.append((f"step {row['step']}", row["best"][cut:cut + 60], start - cut, end - cut))
+    figure = figures.figure(5.6, f"Asked to rephrase sentences, the generator comes to write a "
+                            f"{name.replace('uuid', 'UUID')}")
+    top, axis = figure.subplots(2, 1, height_ratios=(len(rows), 9))
+    figures.texts(top, rows)
+    top.set_title("best sample of a step, and its longest part of what is wanted", color=figures.GREY)
+    for score in ("soft", "exact"):
+        at = [row for row in history if f"{score}_held_out" in row]  # measured after the step
+        axis.plot([0, *(row["step"] + 1 for row in at), result["steps"]],
+                  [result[f"{score}_before"], *(row[f"{score}_held_out"] for row in at),
+                   result[f"{score}_after"]], label=score.capitalize())
+    figures.level(axis, result["soft_before"], "Soft of the untrained generator (chance)")
+    axis.set(xlabel="generator step", ylabel="greedy answers to\nheld-out prompts",
+             ylim=(-0.02, 1.02))
+    axis.legend(loc="best")
+    figure.savefig(path)
