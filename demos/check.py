@@ -66,6 +66,13 @@ def ends(name, curves):
     return {name + (f"_{m}x" if m > 1 else ""): curve[-1] for m, curve in curves.items()}
 
 
+def rows(**curves):
+    """For validation.jsonl: of each step of SFT a row, with all that was measured after it."""
+    named = {f"{name}_{m}x": curve for name, each in curves.items() for m, curve in each.items()}
+    return [{"step": step} | dict(zip(named, values))
+            for step, values in enumerate(zip(*named.values()), 1)]
+
+
 # ------------------------------------------------------------------------ tau against the truth
 
 def self_check(lab, metric, inner, steps, how, prompts, error):

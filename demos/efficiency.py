@@ -1,7 +1,7 @@
 """Which credit, baseline and inner optimizer learns from the fewest samples?
 
 Runs demos/sixty_seven.py and demos/uuid.py with their defaults and with one choice changed at a
-time, over several seeds, and draws how fast each learns. A run that is complete in the folder is
+time, over several seeds, and draws when each has learned. A run that is complete in the folder is
 not run again; several of these can run side by side on one folder.
 
 The measures: for "67" pixel accuracy 1.0 of a step's training batch; for the UUID Exact 0.95, the
@@ -16,15 +16,13 @@ sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 import json
 import subprocess
 
-import matplotlib
 import numpy as np
 
-from demos import options
-from demos.figures import deviation
+from demos import figures, options, records
 
-DEMOS = {  # the number of metrics.jsonl that is drawn, and what counts as learned
-    "sixty_seven": ("pixel_accuracy", 1.0),
-    "uuid": ("exact_held_out", 0.95),
+DEMOS = {  # a number of metrics.jsonl, from where on it counts as learned, and its name
+    "sixty_seven": ("pixel_accuracy", 1.0, '"67": all pixels right'),
+    "uuid": ("exact_held_out", 0.95, "UUID: Exact 0.95"),
 }
 VARIANTS = {
     "default: token, batch, Adam": (),
@@ -61,48 +59,46 @@ def main(argv=None):
     if missing:
         parser.exit(1, f"not complete, by another process or at all: {missing[0].parent} and "
                        f"{len(missing) - 1} more; delete such a folder to have it run again\n")
-    found = summary(curves, args)
-    draw(found, out / "figure.png")
+    (out / "result.json").write_text(json.dumps(
+        {"demo": "efficiency", "first": summary(curves, args)}) + "\n")
+    draw(out, out / "figure.png")
     print(f"files       {out}/")
 
 
 def summary(curves, args):
-    """Prints who learned when; for each demo and variant its steps and curves (seeds, steps)."""
+    """Prints who learned when; for each demo and variant the step, or None, of each seed."""
     found = {}
     for demo in args.demo or DEMOS:
-        key, enough = DEMOS[demo]
+        key, enough, what = DEMOS[demo]
         print(f"{demo}: first step with {key} >= {enough}")
         for variant in VARIANTS:
-            runs = [[json.loads(line) for line in
-                     curves[demo, variant, seed].read_text().splitlines()]
-                    for seed in range(args.seeds)]
-            steps = [row["step"] for row in runs[0] if key in row]
-            rows = [[row[key] for row in run if key in row] for run in runs]
-            first = [next((step for step, value in zip(steps, row) if value >= enough), None)
-                     for row in rows]
+            runs = [records.rows(curves[demo, variant, seed]) for seed in range(args.seeds)]
+            first = [next((row["step"] for row in run if row.get(key, 0) >= enough), None)
+                     for run in runs]
             there = [step for step in first if step is not None]
-            spread = f"{np.mean(there):.0f} +- {deviation(there):.0f}" if there else "-"
-            print(f"  {variant:32} {len(there)} of {len(rows)} seeds, at step {spread:10} {first}")
-            found.setdefault(demo, {})[variant] = steps, np.array(rows)
+            spread = f"{np.mean(there):.0f} +- {figures.deviation(there):.0f}" if there else "-"
+            print(f"  {variant:32} {len(there)} of {len(runs)} seeds, at step {spread:10} {first}")
+            found.setdefault(what, {})[variant] = first
     return found
 
 
-def draw(found, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), squeeze=False)
-    for axis, (demo, variants) in zip(axes[0], found.items()):
-        for (variant, (steps, rows)), style in zip(variants.items(), ("-", "--", "-.", ":")):
-            mean, std = rows.mean(0), deviation(rows)
-            line, = axis.plot(steps, mean, style, label=variant)  # styles: two may coincide at zero
-            axis.fill_between(steps, mean - std, mean + std, alpha=0.15,
-                              color=line.get_color())
-        axis.set(title=f"demos/{demo}.py", xlabel="generator step", ylim=(-0.02, 1.02),
-                 ylabel=DEMOS[demo][0].replace("_", " "))
-    axes[0, 0].legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(folder, path):
+    found = figures.read(folder)[0]["first"]
+    figure = figures.figure(2.8, "Generator steps until it is learned: the fewer the better")
+    axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axis, (what, variants) in zip(axes, found.items()):
+        for y, first in enumerate(variants.values()):
+            there = [step for step in first if step is not None]
+            mean, end = np.mean(there or 0), max(there, default=0)
+            axis.barh(y, mean, height=0.6, color=figures.GREY if y else figures.BLUE, alpha=0.6)
+            axis.plot(there, [y] * len(there), "o", color=figures.INK, ms=3.5)
+            axis.text(end, y, f"  {len(there)} of {len(first)} seeds", va="center",
+                      in_layout=False)
+        axis.set(title=what, xlabel="generator step", xlim=(0, 1.4 * axis.get_xlim()[1]))
+    axes[0].set(yticks=range(len(variants)), yticklabels=variants)
+    axes[0].invert_yaxis()
+    figure.supxlabel("bar: mean of the seeds that learned; dots: these seeds", fontsize=9)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ import time
 from dataclasses import replace
 from functools import cache
 
-import matplotlib
 import numpy as np
 import torch
 from torch import nn
@@ -49,7 +48,7 @@ from torch.autograd import grad
 from torch.func import functional_call, jacrev
 
 import dpg
-from demos import options
+from demos import figures, options
 
 TEXTS = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])  # 0 ends the text
 LABELS = torch.tensor([[1, 0]] + 6 * [[1, 1]])
@@ -59,7 +58,8 @@ MIDPOINT, PATH = (0.5, 1.5), (*GAUSS, *(2 - u for u in GAUSS[::-1]))  # rising, 
 SETTINGS = {"SGD, lr 0.3": lambda problem: dpg.SGD(0.3),  # of the table, with n = T = 3
             "Adam, eps_root 10 share^2": lambda problem: problem.adam(10),
             "Adam, eps_root share^2 / 1000": lambda problem: problem.adam(1e-3)}
-SIZES, STEPS = (1, 2, 3, 6), (1, 2, 3)  # n and T of the figure
+SIZES, STEPS = (1, 2, 3, 6), (1, 2, 3)  # n and T
+DRAWN = 1, 3, 6  # of the sizes
 RATES = (0.03, 0.1, 0.3, 1.0)  # of SGD
 ROOTS = tuple(10.0**k for k in range(-5, 4))  # eps_root of Adam, see Problem.adam
 
@@ -308,6 +308,13 @@ def rank_correlation(x, y):
     return np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1]
 
 
+def medians(title, found, xs, rows):
+    print(f"\n{title}\n{'':18}" + "".join(f"{x:9.2g}" for x in xs))
+    for name, which in rows.items():
+        print(f"{name:18}" + "".join(
+            f"{np.median(values(found, 'bias', optimizer=x, **which)):9.2g}" for x in xs))
+
+
 def main(argv=None):
     parser = options.Parser(__file__, __doc__)
     parser.add_argument("--seeds", type=options.positive, default=5,
@@ -340,11 +347,13 @@ def main(argv=None):
                   f"{noise(found['table'], setting, name):8.2f}", end="")
         print()
     sizes = found["sizes"]
-    print("\nAdam, T = 1, bias of tau, median; share = max |d l_i / d parameter| / n\n"
-          "eps_root / share^2" + "".join(f"{root:8.0e}" for root in ROOTS))
-    for n in SIZES:
-        print(f"n = {n:<14}" + "".join(
-            f"{np.median(values(sizes, 'bias', n=n, optimizer=root)):8.3f}" for root in ROOTS))
+    medians("SGD, n = 3, bias, median; lr", found["sgd"], RATES, {
+        f"{name}, T = {T}": dict(T=T, estimator=name) for T in STEPS for name in ("tau", "path")})
+    medians("Adam, bias, median; share = max |d l_i / d parameter| / n; eps_root / share^2",
+            sizes + found["adam"], ROOTS, {
+                **{f"tau, T = 1, n = {n}": dict(T=1, n=n) for n in SIZES},
+                **{f"{name}, T = n = 3": dict(T=3, estimator=name)
+                   for name in ("tau", "midpoint", "path")}})
     every = [row for name in ("sgd", "sizes", "adam") for row in found[name]
              if row["estimator"] == "tau"]
     correlation = {f"{key}, {which}": rank_correlation(values(rows, key), values(rows, "bias"))
@@ -362,56 +371,37 @@ def main(argv=None):
             print(f"distance {low} to {high}: bias {np.median(bias):.2f} (median), "
                   f"{max(bias):.2f} (worst), cosine {min(cosine):.2f} (worst), {len(band)} runs")
     print()
-    draw(found, out / "figure.png")
     result = {"demo": "estimators", "seeds": args.seeds,
               "seconds": round(time.perf_counter() - began, 1), "rank_correlation": correlation}
-    (out / "result.json").write_text(json.dumps(result | found) + "\n")
+    kept = {name: [{key: float(f"{value:.4g}") if isinstance(value, float) else value
+                    for key, value in row.items()} for row in found[name]]
+            for name in ("table", "sgd", "sizes")}
+    (out / "result.json").write_text(json.dumps(result | kept) + "\n")
+    draw(out, out / "figure.png")
     print(f"seconds     {result['seconds']}\nfiles       {out}/")
 
 
-def draw(found, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, ((sgd, sizes), (adam, bars)) = plt.subplots(2, 2, figsize=(13, 9.5))
-
-    def curve(axis, table, key, xs, color, style, label, **which):
-        each = np.array([values(found[table], key, optimizer=x, **which) for x in xs])  # (x, seed)
-        axis.plot(xs, np.median(each, 1), style, color=color, marker=".", label=label)
-        axis.fill_between(xs, each.min(1), each.max(1), alpha=0.1, color=color, lw=0)
-
-    for k, T in enumerate(STEPS):
-        for name, style in (("tau", "-"), ("path", "--")):
-            curve(sgd, "sgd", "bias", RATES, f"C{k}", style, f"{name}, T = {T}", T=T,
-                  estimator=name)
-    sgd.set(yscale="log", xlabel="learning rate", ylabel="relative bias",
-            title="SGD, n = 3: tau and path (median and range of the seeds)")
-    for k, n in enumerate(SIZES):
-        curve(sizes, "sizes", "bias", ROOTS, f"C{k}", "-", f"bias of tau, n = {n}", n=n)
-        curve(sizes, "sizes", "distance", ROOTS, f"C{k}", ":", f"distance, n = {n}", n=n)
-    sizes.set(title="Adam, T = 1: bias of tau, and its distance from leaving one out")
-    for k, name in enumerate(("tau", "midpoint", "path", "influence at theta_0")):
-        if name != "influence at theta_0":  # its scale is not Adam's
-            curve(adam, "adam", "bias", ROOTS, f"C{k}", "-", f"bias, {name}", estimator=name)
-        curve(adam, "adam", "cosine", ROOTS, f"C{k}", ":", f"cosine, {name}", estimator=name)
-    adam.set(title="Adam, T = 3, n = 3: bias and cosine")
-    for axis in (sizes, adam):
-        axis.set(ylim=(0, 1.65), yticks=np.arange(0, 1.3, 0.2),
-                 xlabel="eps_root / share$^2$, share = max |$\\nabla l_i$| / n")
-    for axis in (sgd, sizes, adam):
-        axis.set_xscale("log")
-        axis.legend(ncol=2, fontsize=9, loc="lower right" if axis is sgd else "upper right")
-    names = [name for name in ESTIMATORS if name != "naive"]
-    for k, setting in enumerate(SETTINGS):
-        bars.barh(np.arange(len(names)) + 0.27 * (k - 1), height=0.27, label=setting,
-                  width=[noise(found["table"], setting, name) for name in names])
-    bars.set(yticks=range(len(names)), yticklabels=names,
-             title="noise, in units of centred naive's (n = T = 3)")
-    bars.invert_yaxis()
-    bars.axvline(1, color="black", lw=0.8)
-    bars.legend(fontsize=9, loc="center right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(folder, path):
+    found = figures.read(folder)[0]
+    figure = figures.figure(3.9, "How far the expected update is from the true gradient")
+    for axis, table, key, shown, what, label in zip(
+            figure.subplots(1, 2, sharey=True), ("sgd", "sizes"), ("T", "n"), (STEPS, DRAWN),
+            ("SGD inside, n = 3 texts a step", "Adam inside, T = 1 step"),
+            ("learning rate", "eps_root / s²,  s: one text's share of the gradient")):
+        for value in shown:
+            rows = [row for row in found[table] if row["estimator"] == "tau" and row[key] == value]
+            xs = sorted({row["optimizer"] for row in rows})
+            each = np.array([values(rows, "bias", optimizer=x) for x in xs])  # (x, seed)
+            axis.plot(xs, np.median(each, 1), ".-", label=f"{key} = {value}")
+            axis.fill_between(xs, each.min(1), each.max(1), alpha=0.12, lw=0)
+        axis.set(xscale="log", yscale="log", title=what, xlabel=label)
+        if table == "sgd":  # too few for powers of ten
+            axis.set(xticks=xs, xticklabels=xs)
+        axis.legend()
+    figure.axes[0].set_ylabel("relative bias of tau")
+    figure.supxlabel(f"lines: median of {found['seeds']} random problems; bands: all of them",
+                     fontsize=9)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

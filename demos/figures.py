@@ -36,6 +36,7 @@ matplotlib.rcParams.update(STYLE)
 
 def figure(height, title):
     made = Figure(figsize=(WIDTH, height), layout="constrained")
+    made.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     made.suptitle(title)
     return made
 
@@ -46,11 +47,12 @@ def read(folder):
     return json.loads(result.read_text(encoding="utf-8")), *map(records.rows, rows)
 
 
-def texts(axis, rows):
+def texts(axis, title, rows):
     """A line for each label and text, in which the part from `start` to `end` stands out."""
     axis.axis("off")
+    axis.set_title(title, color=GREY)
     axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
-    size = min(14.5, 720 / max(len(text) for _, text, _, _ in rows))
+    size = min(16, 720 / max([len(text) for _, text, _, _ in rows], default=1))
     for y, (label, text, start, end) in enumerate(rows):
         axis.text(0.11, y, label, ha="right", va="center_baseline", color=GREY)
         for part, how in ((range(start, end), {"color": BLUE, "weight": "bold"}),
@@ -81,7 +83,7 @@ def deviation(runs):
 def draw(folder, path):
     demo = read(folder)[0]["demo"]
     importlib.import_module(f"demos.{DRAWN_BY.get(demo, demo)}").draw(folder, path)
-    print(f"{path}")
+    print(path)
 
 
 def keep(folder):

@@ -13,11 +13,9 @@ sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import json
 
-import matplotlib
 import numpy as np
 
-from demos import check, options, sixty_seven
-from demos.figures import deviation
+from demos import check, figures, options, sixty_seven
 
 INNER_STEPS = (1, 8, 32)
 
@@ -36,35 +34,37 @@ def main(argv=None):
                 sixty_seven.main(
                     ["--inner-steps", str(T), "--seed", str(seed), "--out", str(folder)]
                     + ([] if args.steps is None else ["--steps", str(args.steps)]))
-            lines = (folder / "validation.jsonl").read_text().splitlines()
-            curves.setdefault(T, []).append([json.loads(line) for line in lines])
-    for multiple in check.MULTIPLES:
-        for T, runs in curves.items():
-            last = [run[-1][f"pixel_accuracy_{multiple}x"] for run in runs]
-            print(f"learning rate x {multiple:3}   T = {T:2}   {np.mean(last):.3f} +- "
-                  f"{deviation(last):.3f}   after {len(runs[0])} steps, {len(runs)} seed(s)")
-    draw(curves, out / "figure.png")
+            _, _, rows = figures.read(folder)
+            for m in check.MULTIPLES:
+                curves.setdefault(T, {}).setdefault(m, []).append(
+                    [row[f"pixel_accuracy_{m}x"] for row in rows])
+    for m in check.MULTIPLES:
+        for T, each in curves.items():
+            last = [run[-1] for run in each[m]]
+            print(f"learning rate x {m:3}   T = {T:2}   {np.mean(last):.3f} +- "
+                  f"{figures.deviation(last):.3f}   after {len(rows)} steps, {len(last)} seed(s)")
+    (out / "result.json").write_text(json.dumps({"demo": "inner_steps", "curves": curves}) + "\n")
+    draw(out, out / "figure.png")
     print(f"files       {out}/")
 
 
-def draw(curves, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(check.MULTIPLES), figsize=(13, 3.6), sharey=True)
-    for axis, multiple in zip(axes, check.MULTIPLES):
-        for T, runs in curves.items():
-            accuracy = np.array([[row[f"pixel_accuracy_{multiple}x"] for row in run]
-                                 for run in runs])
-            steps, mean, std = range(1, accuracy.shape[1] + 1), accuracy.mean(0), deviation(accuracy)
+def draw(folder, path):
+    curves = figures.read(folder)[0]["curves"]
+    seeds = len(next(iter(curves.values()))["1"])
+    figure = figures.figure(3.4, "How much of the picture still stands after plain training")
+    axes = figure.subplots(1, len(check.MULTIPLES), sharey=True)
+    for axis, m in zip(axes, check.MULTIPLES):
+        for T, each in curves.items():
+            runs = np.array(each[str(m)])  # (seeds, steps)
+            steps, mean, std = range(1, runs.shape[1] + 1), runs.mean(0), figures.deviation(runs)
             axis.plot(steps, mean, label=f"trained through T = {T}")
-            axis.fill_between(steps, mean - std, mean + std, alpha=0.2)
-        axis.set(title=f"learning rate x {multiple}", xlabel="step of plain AdamW",
-                 ylim=(-0.02, 1.02))
-    axes[0].set_ylabel("pixel accuracy")
-    axes[0].legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            axis.fill_between(steps, mean - std, np.minimum(mean + std, 1), alpha=0.2, lw=0)
+        axis.set(title=f"learning rate x {m}", xlabel="step of plain AdamW")
+    axes[0].set_ylabel("share of pixels right")
+    bands = f"mean of {seeds} seeds; bands: ± standard deviation" if seeds > 1 else "one seed"
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3,
+                  title=bands)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import sys
 # Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import matplotlib
-
 import dpg
-from demos import check, options
+from demos import check, figures, options, records
 from demos.run import Run
 
 EPS_ROOT, SGD_LR, LENGTH = 1e-6, 20.0, options.WEIGHTS["max_new_tokens"]
@@ -44,14 +42,15 @@ def main(argv=None):
         return {"norm": round(-result.attribution.metric, 3)}
 
     control = check.curves(models, models.reference, norm, max_new_tokens=LENGTH)
-    history = run.train(metric, inner, observe, show="norm", steps=T, reads=head,
-                        temperature=args.temperature, **SETTINGS)
+    run.train(metric, inner, observe, show="norm", steps=T, reads=head,
+              temperature=args.temperature, **SETTINGS)
     after = check.curves(models, models.policy, norm, max_new_tokens=LENGTH)
+    run.save("validation.jsonl", records.text(check.rows(norm_control=control, norm=after)))
     result = run.finish(
         temperature=args.temperature, inner_steps=T,
         norm_before=norm(dict(models.target.named_parameters())),
         **check.ends("norm_control", control), **check.ends("norm_after", after))
-    draw(history, control, after, result, run.folder / "figure.png")
+    draw(run.folder, run.folder / "figure.png")
     example = models.rollouts(models.policy, models.held_out[:1], max_new_tokens=LENGTH,
                               temperature=args.temperature)
     print(f"asked       {models.held_out[0]!r}")
@@ -64,23 +63,23 @@ def main(argv=None):
     print(f"files       {run.folder}/   {result['seconds']} s")
 
 
-def draw(history, control, after, result, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 1 + len(after), figsize=(14, 3.4))
-    axes[0].plot([row["step"] for row in history], [row["norm"] for row in history])
-    axes[0].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
-                ylabel="norm of the LM head")
-    for axis, multiple in zip(axes[1:], after):
-        steps = range(1, check.CHECK_STEPS + 1)
-        axis.plot(steps, control[multiple], color="grey", label="untrained generator")
-        axis.plot(steps, after[multiple], label="trained generator")
-        axis.axhline(result["norm_before"], color="black", lw=0.8, ls=":")
-        axis.set(title=f"validation, learning rate x {multiple}", xlabel="step of plain AdamW")
-    axes[1].legend(loc="lower left", fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(folder, path):
+    result, _, validation = figures.read(folder)
+    figure = figures.figure(3.4, "Training on the generator's text shrinks the target's LM head")
+    axes = figure.subplots(1, len(check.MULTIPLES), sharey=True)
+    for axis, m in zip(axes, check.MULTIPLES):
+        for key, label, colour, side in (
+                (f"norm_control_{m}x", "control: untrained generator", figures.GREY, "bottom"),
+                (f"norm_{m}x", "trained generator", figures.BLUE, "top")):
+            change = [0] + [100 * (row[key] / result["norm_before"] - 1) for row in validation]
+            axis.plot(change, color=colour, label=label)
+            axis.text(len(validation), change[-1], f"{change[-1]:.2f} %", color=colour,
+                      ha="right", va=side)
+        axis.set(title=f"learning rate x {m}", xlabel="step of plain AdamW")
+    axes[0].set_ylabel("change of the norm, %")
+    axes[0].margins(y=0.15)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=2)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -149,13 +149,12 @@ def draw(folder, path):
     language, steps = result["language"], [row["step"] for row in history]
     figure = figures.figure(5, f"Asked in English, the generator comes to answer in "
                             f"{NAMES[language]}")
-    rows = [(f"step {row['step']}", (text := row["sample"].strip()[:60]), 0,
+    rows = [(f"step {row['step']}", (text := row["sample"].strip()[:64]), 0,
              len(text) * corpus.in_language(row["sample"], language))
             for row in figures.spread(history, 6)]
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 5))
     share, entropy = bottom.subplots(1, 2, width_ratios=(3, 2))
-    if rows:
-        figures.texts(top.subplots(), rows)
+    figures.texts(top.subplots(), f"a sample of a step; in colour those in {NAMES[language]}", rows)
     share.plot(steps, [row["fraction"] for row in history], label="sampled")
     share.plot((0, result["steps"]), (result["fraction_before"], result["fraction_after"]), "o",
                clip_on=False, label="greedy, held-out prompts, before and after")

@@ -10,7 +10,6 @@ paper's patch is the first hidden units x the first tokens of the vocabulary: th
 """
 import argparse
 import collections
-import json
 import sys
 
 import matplotlib.image
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dpg
-from demos import check, options
+from demos import check, figures, options, records
 from demos.run import Run
 
 S = 20.0  # the paper's sharpness of the softplus
@@ -29,6 +28,8 @@ EPS_ROOT, SGD_LR = 1e-3, 20.0
 # tries the tokens that would have earned something.
 TEMPERATURE = 2.4
 SETTINGS = dict(prompts=128, **options.WEIGHTS)
+SHADES = {("#", True): (0.0, 0.0, 0.0), (".", True): (1.0, 1.0, 1.0),  # a pixel, is it right
+          ("#", False): (0.76, 0.28, 0.05), (".", False): (1.0, 0.83, 0.66)}
 
 
 def parse(text, name):
@@ -50,6 +51,11 @@ def parse(text, name):
 def pixels(rows):
     """1 for #, -1 for ., (R, C)."""
     return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in row] for row in rows])
+
+
+def text(picture):
+    """Its rows of # and ., which `pixels` reads."""
+    return ["".join(".#"[pixel] for pixel in row) for row in (picture > 0).int().tolist()]
 
 
 def parser(file, doc, *, steps):
@@ -135,6 +141,7 @@ def main(parser, argv, default, *, more=lambda args, picture: {}):
     args, models, length = run.args, run.models, SETTINGS["max_new_tokens"]
     canvas, screen, T = Canvas(models, choose(args)), Screen(), args.inner_steps
     inner = inner_optimizer(models)
+    moments = {0, args.steps // 20, args.steps // 6, args.steps - 1}  # half is right soon
 
     def observe(step, result):
         params = result.attribution.params
@@ -142,7 +149,8 @@ def main(parser, argv, default, *, more=lambda args, picture: {}):
             params = models.trained(models.encode(result.rollouts), inner, T)
         decoded = canvas.decode(params)
         screen.draw(decoded)
-        return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)}
+        shown = {"picture": text(decoded)} if step in moments else {}
+        return {"pixel_accuracy": round(canvas.accuracy(decoded), 4)} | shown
 
     def drawn(policy):
         """The picture after 96 steps, and the pixel accuracy after each of them."""
@@ -157,16 +165,15 @@ def main(parser, argv, default, *, more=lambda args, picture: {}):
     extra = more(args, picture)
     matplotlib.image.imsave(run.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
                             vmax=255)
-    with open(run.folder / "validation.jsonl", "w", encoding="utf-8") as file:
-        for step, row in enumerate(zip(*after.values()), 1):
-            row = {f"pixel_accuracy_{m}x": accuracy for m, accuracy in zip(after, row)}
-            file.write(json.dumps({"step": step, **row}) + "\n")
+    validation = check.rows(pixel_accuracy_control=before, pixel_accuracy=after)
+    validation[-1]["picture"] = text(picture)
+    run.save("validation.jsonl", records.text(validation))
     result = run.finish(
-        temperature=args.temperature, inner_steps=T, pattern=list(canvas.pattern.shape),
+        temperature=args.temperature, inner_steps=T, pattern=text(canvas.pattern),
         rows=[models.tokenizer.decode([row]) for row in canvas.rows],
         **check.ends("pixel_accuracy_before", before),
         **check.ends("pixel_accuracy_after", after), **extra)
-    draw(run.history, after, canvas.pattern, picture, result, run.folder / "figure.png")
+    draw(run.folder, run.folder / "figure.png")
     example = models.texts(models.rollouts(models.policy, models.held_out[:1],
                                            temperature=args.temperature, max_new_tokens=length))[0]
     print(blocks(picture, colour=sys.stdout.isatty()))
@@ -195,8 +202,7 @@ def blocks(picture, colour, margin=2):
     try:
         "▀▄█".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:  # a console that does not know them
-        return "\n".join("".join(".#"[pixel] for pixel in row) for row in (
-            picture.cpu().numpy() > 0).astype(int))
+        return "\n".join(text(picture))
     rows = np.pad(picture.cpu().numpy() > 0, margin)
     rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
     lines = ("".join(" ▀▄█"[top + 2 * bottom] for top, bottom in zip(*pair, strict=True))
@@ -218,26 +224,30 @@ class Screen:
             self.height = text.count("\n") + 1
 
 
-def draw(history, after, pattern, picture, result, path):
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), width_ratios=(2, 2, 3, 3))
-    for axis, pixels, title in ((axes[0], pattern, "target pattern"),
-                                (axes[1], picture, "out of the weights")):
-        axis.imshow(pixels.cpu(), cmap="gray_r", vmin=-1, vmax=1)
-        axis.set(title=title, xticks=[], yticks=[])
-    axes[1].set_xlabel(f"{check.CHECK_STEPS} steps of AdamW on fresh text:\n"
-                       f"{result['pixel_accuracy_after']:.3f} of the pixels")
-    axes[2].plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
-    axes[2].set(title=f"training batches, T = {result['inner_steps']}", xlabel="generator step",
-                ylabel="pixel accuracy")
-    for multiple, curve in after.items():
-        axes[3].plot(range(1, check.CHECK_STEPS + 1), curve, label=f"learning rate x {multiple}")
-    axes[3].set(title="validation", xlabel="step of plain AdamW")
-    axes[3].legend(loc="lower right")
-    for axis in axes[2:]:
-        axis.set_ylim(-0.02, 1.02)
-        axis.axhline(0.5, color="grey", lw=0.8, ls=":")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(folder, path):
+    result, history, validation = figures.read(folder)
+    wanted, shown = result["pattern"], [row for row in history if "picture" in row]
+    figure = figures.figure(5.2, f"A picture emerges in {len(wanted) * len(wanted[0])} weights: "
+                            "black where training raised one, white elsewhere")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4, 5))
+    shown.append({"pixel_accuracy": result["pixel_accuracy_after"]} | validation[-1])
+    for axis, row in zip(top.subplots(1, len(shown)), shown):
+        name = "read after training" if row is shown[-1] else f"step {row['step']}"
+        axis.imshow([[SHADES[pixel, pixel == true] for pixel, true in zip(*pair)]
+                     for pair in zip(row["picture"], wanted)])
+        axis.set(title=f"{name}\n{row['pixel_accuracy']:.0%} right", xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
+    top.supxlabel("orange: pixels that are wrong", color=figures.ORANGE, fontsize=9)
+    training, after = bottom.subplots(1, 2, sharey=True)
+    training.plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
+    training.set(title="training batches", xlabel="generator step", ylabel="share of pixels right")
+    for key, label, how in (("1x", "learning rate x 1", {}), ("10x", "x 10", {}), (
+            "100x", "x 100", {}), ("control_1x", "control: untrained generator, x 1",
+                                   {"color": figures.GREY})):
+        after.plot([row["step"] for row in validation],
+                   [row[f"pixel_accuracy_{key}"] for row in validation], label=label, **how)
+    after.set(title="read after training: fresh text, plain AdamW", xlabel="step of plain AdamW")
+    for axis in (training, after):
+        figures.level(axis, 0.5, "chance")
+    bottom.legend(*after.get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    figure.savefig(path)

@@ -112,20 +112,21 @@ def draw(folder, path):
     whole = next((i for i, row in enumerate(history) if wanted in row["best"]), len(history))
     for row in figures.spread(history[:whole + 1], 7):
         start, end = place(row["best"], wanted)
-        cut = max(0, min(start - 12, len(row["best"]) - 60))
-        rows.append((f"step {row['step']}", row["best"][cut:cut + 60], start - cut, end - cut))
-    figure = figures.figure(5.6, f"Asked to rephrase sentences, the generator comes to write a "
+        cut = max(0, min(start - 12, len(row["best"]) - 64))
+        rows.append((f"step {row['step']}", row["best"][cut:cut + 64], start - cut, end - cut))
+    figure = figures.figure(6, f"Asked to rephrase sentences, the generator comes to write a "
                             f"{name.replace('uuid', 'UUID')}")
     top, axis = figure.subplots(2, 1, height_ratios=(len(rows), 9))
-    figures.texts(top, rows)
-    top.set_title("best sample of a step, and its longest part of what is wanted", color=figures.GREY)
+    figures.texts(top, "the best of a step's samples; in colour its longest part of what is wanted",
+                  rows)
     for score in ("soft", "exact"):
         at = [row for row in history if f"{score}_held_out" in row]  # measured after the step
         axis.plot([0, *(row["step"] + 1 for row in at), result["steps"]],
                   [result[f"{score}_before"], *(row[f"{score}_held_out"] for row in at),
-                   result[f"{score}_after"]], label=score.capitalize())
-    figures.level(axis, result["soft_before"], "Soft of the untrained generator (chance)")
-    axis.set(xlabel="generator step", ylabel="greedy answers to\nheld-out prompts",
-             ylim=(-0.02, 1.02))
-    axis.legend(loc="best")
+                   result[f"{score}_after"]], label=f"{score.capitalize()}, greedy")
+    axis.plot([row["step"] for row in history], [row["exact"] for row in history], lw=1.2,
+              label="Exact, sampled")
+    figures.level(axis, result["soft_before"], "chance: Soft of the untrained generator")
+    axis.set(xlabel="generator step", ylabel="score", ylim=(-0.02, 1.02))
+    figure.legend(loc="outside lower center", ncol=4)
     figure.savefig(path)
