@@ -1126,7 +1126,7 @@ def test_11_uuid_as_a_person_runs_it(tmp_path):
         "sixty_seven --inner sgd --temperature 1", "sixty_seven --reward naive --inner-steps 3",
         "l2_norm --reward naive --inner-steps 2", "language --language fr --inner sgd",
         "language --language it --reward naive"))])
-def test_11_demo_variants(shortened, tmp_path, line):
+def test_11_demo_variants(shortened, monkeypatch, tmp_path, line):
     name, *arguments = line.split()
     result, metrics = shortened(name, *arguments)
     assert [row["step"] for row in metrics] == [0, 1]
@@ -1136,6 +1136,12 @@ def test_11_demo_variants(shortened, tmp_path, line):
     assert ("pattern.png" in files) == (name in ("sixty_seven", "qr_code"))
     if not arguments:
         assert shortened(name, out=tmp_path / "again") == (result, metrics)
+        monkeypatch.setattr(room("records"), "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(room("figures"), "PICTURES", tmp_path)
+        room("figures").main(["--keep", str(tmp_path / "again")])  # is drawn again, and the same
+        drawn = [tmp_path / f"{name}.png", tmp_path / "out/figure.png"]
+        assert drawn[0].read_bytes() == drawn[1].read_bytes()
+        assert all(str(ROOT) not in kept.read_text() for kept in tmp_path.glob("results/*/*"))
     if name == "l2_norm":
         assert result["norm_before"] != result["norm_control"] != result["norm_after"]
     if name in ("sixty_seven", "qr_code"):
@@ -1204,7 +1210,7 @@ def test_11_pattern_from_a_file_in_a_tied_head(shortened, tmp_path, capsys):
     pattern.write_text("#..\n.##\n")
     stops("not allowed with", shortened, "qr_code", "--pattern", str(pattern), "--text", "DPG")
     result, _ = shortened("sixty_seven", "--pattern", str(pattern), "--target", folder)
-    assert result["pattern"] == [2, 3] and all(row.startswith(" ") for row in result["rows"])
+    assert result["pattern"] == ["#..", ".##"] and all(row.startswith(" ") for row in result["rows"])
     assert "it is a copy now" in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ import sys
 # Run as a script, this folder is first on the path and demos/uuid.py would hide the standard uuid.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
+import argparse
 import importlib
 import json
 import re
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 
 from demos import options, records
 
+PICTURES = records.DEMOS  # where the READMEs' are
 FILES = ("result.json", "metrics.jsonl", "validation.jsonl")  # what a picture is drawn from
 DRAWN_BY = dict(uuid="strings", smollm2="strings", qr_code="patterns", sixty_seven="patterns")
 WIDTH, INK, GREY, PALE = 8.3, "#24292f", "#6e7781", "#d0d7de"  # inches of GitHub's page
@@ -51,7 +53,7 @@ def texts(axis, title, rows):
     """A line for each label and text, in which the part from `start` to `end` stands out."""
     axis.axis("off")
     axis.set_title(title, color=GREY)
-    axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    axis.set(xlim=(0, 1), ylim=(max(1, len(rows)) - 0.5, -0.5))
     size = min(16, 720 / max([len(text) for _, text, _, _ in rows], default=1))
     for y, (label, text, start, end) in enumerate(rows):
         axis.text(0.11, y, label, ha="right", va="center_baseline", color=GREY)
@@ -108,13 +110,13 @@ def main(argv=None):
         else:
             draw(folder, folder / "figure.png")
     for result in sorted(records.RESULTS.glob("*/result.json")) * (args.keep or not args.folders):
-        draw(result.parent, records.DEMOS / f"{result.parent.name}.png")
+        draw(result.parent, PICTURES / f"{result.parent.name}.png")
 
 
 def run(text):
     folder = pathlib.Path(text)
     if not (folder / "result.json").exists():
-        raise options.argparse.ArgumentTypeError(f"{text!r} has no result.json of a complete run")
+        raise argparse.ArgumentTypeError(f"{text!r} has no result.json of a complete run")
     return folder
 
 

@@ -231,7 +231,7 @@ def draw(folder, path):
                             "black where training raised one, white elsewhere")
     top, bottom = figure.subfigures(2, 1, height_ratios=(4, 5))
     shown.append({"pixel_accuracy": result["pixel_accuracy_after"]} | validation[-1])
-    for axis, row in zip(top.subplots(1, len(shown)), shown):
+    for axis, row in zip(top.subplots(1, len(shown), squeeze=False)[0], shown):
         name = "read after training" if row is shown[-1] else f"step {row['step']}"
         axis.imshow([[SHADES[pixel, pixel == true] for pixel, true in zip(*pair)]
                      for pair in zip(row["picture"], wanted)])
