@@ -309,9 +309,9 @@ def rank_correlation(x, y):
 
 
 def medians(title, found, xs, rows):
-    print(f"\n{title}\n{'':18}" + "".join(f"{x:9.2g}" for x in xs))
+    print(f"\n{title}\n{'':20}" + "".join(f"{x:9.2g}" for x in xs))
     for name, which in rows.items():
-        print(f"{name:18}" + "".join(
+        print(f"{name:20}" + "".join(
             f"{np.median(values(found, 'bias', optimizer=x, **which)):9.2g}" for x in xs))
 
 
@@ -388,7 +388,7 @@ def draw(folder, path):
             figure.subplots(1, 2, sharey=True), ("sgd", "sizes"), ("T", "n"), (STEPS, DRAWN),
             ("SGD inside, n = 3 texts a step", "Adam inside, T = 1 step"),
             ("learning rate", "eps_root / s²,  s: one text's share of the gradient")):
-        for value in shown:
+        for value in sorted({row[key] for row in found[table]} & {*shown}):
             rows = [row for row in found[table] if row["estimator"] == "tau" and row[key] == value]
             xs = sorted({row["optimizer"] for row in rows})
             each = np.array([values(rows, "bias", optimizer=x) for x in xs])  # (x, seed)

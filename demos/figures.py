@@ -26,14 +26,14 @@ from demos import options, records
 PICTURES = records.DEMOS  # where the READMEs' are
 FILES = ("result.json", "metrics.jsonl", "validation.jsonl")  # what a picture is drawn from
 DRAWN_BY = dict(uuid="strings", smollm2="strings", qr_code="patterns", sixty_seven="patterns")
-WIDTH, INK, GREY, PALE = 8.3, "#24292f", "#6e7781", "#d0d7de"  # inches of GitHub's page
+WIDTH, INK, GREY = 8.3, "#24292f", "#6e7781"  # inches of GitHub's page
 BLUE, ORANGE, GREEN = COLOURS = "#1f5fbf", "#d9570d", "#3d8f5f"
-STYLE = {"font.size": 9.5, "axes.titlesize": 10, "figure.titlesize": 12.5, "legend.fontsize": 9,
-         "legend.frameon": False, "savefig.dpi": 180, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.edgecolor": GREY, "text.color": INK,
-         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 1.8,
-         "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
-matplotlib.rcParams.update(STYLE)
+matplotlib.rcParams.update({
+    "font.size": 9.5, "axes.titlesize": 10, "figure.titlesize": 12.5, "legend.fontsize": 9,
+    "legend.frameon": False, "savefig.dpi": 180, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 1.8,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS)})
 
 
 def figure(height, title):
@@ -65,9 +65,9 @@ def texts(axis, title, rows):
                           parse_math=False, **how)
 
 
-def level(axis, y, text):
-    """A line to compare with, and what it is."""
-    axis.axhline(y, color=GREY, lw=1, ls=":", label=text)
+def level(axis, y, what):
+    """A line to compare with."""
+    axis.axhline(y, color=GREY, lw=1, ls=":", label=what)
 
 
 def spread(history, n):

@@ -248,6 +248,6 @@ def draw(folder, path):
                    [row[f"pixel_accuracy_{key}"] for row in validation], label=label, **how)
     after.set(title="read after training: fresh text, plain AdamW", xlabel="step of plain AdamW")
     for axis in (training, after):
-        figures.level(axis, 0.5, "chance")
+        figures.level(axis, 0.5, "chance: 0.5")
     bottom.legend(*after.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     figure.savefig(path)
