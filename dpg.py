@@ -1043,6 +1043,13 @@ class _Call(dict):
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
                 and not torch.is_inference_mode_enabled())
 
+    def apart(self, x):
+        """Whether x is no module, or one that has none of the parameters that a policy's update
+        moves: a target would drift, and the KL to a reference be 0."""
+        moved = self["policy"].parameters() if "policy" in self else ()
+        return not isinstance(x, nn.Module) or {id(p) for p in moved if p.requires_grad}.isdisjoint(
+            map(id, x.parameters()))
+
     def discount(self, x):
         per_token = getattr(self.get("reward"), "keywords", {}).get("per_token")  # of a partial
         per_token = self["tau"].ndim == 2 if "tau" in self else per_token
@@ -1081,22 +1088,29 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
     ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
-    ("metric encode reward", "a function", lambda c, x: callable(x)),
-    ("optimizer", "SGD, AdamW, or have their init and update", lambda c, x: x.init and x.update),
+    ("metric encode", "a function", lambda c, x: callable(x)),
+    ("reward", "a function, its target a copy (copy.deepcopy) that the policy's update does not "
+     "move", lambda c, x: callable(x) and all(map(c.apart, tree_leaves(
+         [getattr(x, "args", ()), getattr(x, "keywords", {})])))),
+    ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
+     lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters", lambda c, x:
      {id(p) for part in x.param_groups for p in part["params"]}
      <= {id(p) for p in c["policy"].parameters()}),
     ("model", "a torch.nn.Module: a policy with transformers' generate; a target in float32 or "
      'float64, its attn_implementation "sdpa" or "eager", outside of torch.autocast and '
      "torch.inference_mode", _Call.model),
-    ("policy reference?", "a model with transformers' generate", _Call.model),
+    ("policy", "a model with transformers' generate", _Call.model),
+    ("reference?", "a model with transformers' generate, and a copy (copy.deepcopy) that the "
+     "policy's update does not move", lambda c, x: c.model(x) and c.apart(x)),
     ("group?", "a process group: examples of one shape on all its processes, a number of prompts "
      "that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"
      " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there); no "
      "input the padding_idx of an embedding tied to the head (set it to None)", _Call.examples),
-    ("prompts", "int64 token ids in the model's vocabulary and an attention mask, a pair or from a "
-     'tokenizer, padded on the left (padding_side="left")', _Call.prompts),
+    ("prompts", "int64 token ids in the model's vocabulary and an attention mask, padded on the "
+     'left: a pair, or tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")',
+     _Call.prompts),
     ("rollouts", "Rollouts: prompts padded on the left, int64 tokens in the model's vocabulary and "
      "places, a mask of 0 and 1 with a label in each row", _Call.rollouts),
     ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",

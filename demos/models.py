@@ -108,7 +108,8 @@ class Models:
     def freeze(self, model):
         """With --layers, only the last blocks of a model and what follows them are trained."""
         if n := self.args.layers:
-            blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+            lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+            blocks = max(lists, key=len)
             if n > len(blocks):
                 raise ValueError(f"--layers {n}: the model has {len(blocks)} blocks")
             first, trained = next(blocks[-n].parameters()), False

@@ -3,9 +3,9 @@
     python demos/pretrain.py --known 0 --out runs/no-identifiers   # 3 min: knows none by heart
     python demos/separation.py demos/tiny-lm runs/no-identifiers fresh
 
-Texts of which each digit is right with probability 1/2 are rewarded as in demos/uuid.py. Reported is,
-over UUIDs and places, how much more a right digit earns than a wrong one, in standard deviations of
-the advantage, and the same of the place that a tenth of all places is worse than.
+Texts of which each digit is right with probability 1/2 are rewarded as in demos/uuid.py. Reported
+is, over UUIDs and places, how much more a right digit earns than a wrong one, in standard
+deviations of the advantage, and the same of the place that a tenth of all places is worse than.
 """
 import pathlib
 import sys
