@@ -235,7 +235,7 @@ def draw(folder, path):
         name = "read after training" if row is shown[-1] else f"step {row['step']}"
         axis.imshow([[SHADES[pixel, pixel == true] for pixel, true in zip(*pair)]
                      for pair in zip(row["picture"], wanted)])
-        axis.set(title=f"{name}\n{row['pixel_accuracy']:.0%} right", xticks=[], yticks=[])
+        axis.set(title=f"{name}\n{row['pixel_accuracy']:.1%} right", xticks=[], yticks=[])
         axis.spines[:].set_visible(True)
     top.supxlabel("orange: pixels that are wrong", color=figures.ORANGE, fontsize=9)
     training, after = bottom.subplots(1, 2, sharey=True)

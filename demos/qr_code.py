@@ -51,7 +51,7 @@ def qr_text(text):
 
 
 def parser():
-    p, choice = patterns.parser(__file__, __doc__, steps=600)
+    p, choice = patterns.parser(__file__, __doc__, steps=350)
     choice.add_argument("--text", type=qr_text, default=TEXT, help=f"to encode (default {TEXT})")
     return p
 
