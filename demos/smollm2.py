@@ -7,8 +7,8 @@ As demos/uuid.py, but generator and target are SmolLM2-135M-Instruct, which is a
 format to rephrase sentences. Phi is the log-likelihood that the target gives to a code of six
 characters after one training step on the answers. The reward never compares strings.
 
-Only the last 10 of the 30 blocks are trained, in both (--layers): the gradients then end there, and
-a step takes about two thirds of the time and half of the memory. --layers 30 trains them all.
+Only the last 10 of the 30 blocks are trained, in both (--layers): gradients end there, and what is
+frozen is held once for generator, target and reference. --layers 30 trains them all.
 
 The README has the results over seeds, with controls: a table that demos/tables.py makes.
 """
