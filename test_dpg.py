@@ -1720,6 +1720,10 @@ def test_12_chats_and_the_papers_preset(shortened, tmp_path):
     said = chat.tokenizer.decode(tokens[1][mask[1].bool()], skip_special_tokens=True)
     assert said.startswith("to user: Rephrase") and said.endswith("a king answer:")
     assert (mask[1, 0], mask[1, -1]) == (0, 1)
+    wordy = lab(tmp_path, target="fresh", tokenizer_config={"chat_template": (
+        "{% if messages[0].role != 'system' %}you are a helpful king {% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}")})
+    assert wordy.tokenizer.decode(wordy.requests(["a king"]).input_ids[0]).startswith("Rephrase")
     for name, steps in (("uuid", 360), ("language", 120)):
         args = demo(name).parser().parse_args(["--preset", "paper"])
         assert (args.steps, args.credit, args.baseline, args.generator, args.target) == (
