@@ -67,7 +67,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -291,9 +290,7 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     with _sampler(model, eos_token_id) as (sample, eos):
         for i, (some, known) in enumerate(_chunks(rows * samples, tokens, mask)):
             noise = _gumbel(temperature, samples, seeds[i * rows:][:rows], tokens.device)
-            new = sample(some, attention_mask=known, max_new_tokens=max_new_tokens, do_sample=False,
-                         logits_processor=[noise])[:, tokens.shape[1]:]  # the largest noisy logit
-            written.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=(eos + [0])[0]))
+            written.append(sample(some, known, max_new_tokens, noise))  # the largest noisy logits
     new = torch.cat(written)  # (N, L_new)
     ended = torch.isin(new, new.new_tensor(eos)).long()
     return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
@@ -666,14 +663,37 @@ def _next_token_log_probs(model, rollouts, temperature):
     tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, :-1]
     mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.tokens)], 1)[:, :-1]
     length = rollouts.tokens.shape[1]
-    # With padding on the left, positions count from a prompt's first real token, as in `generate`.
-    options = dict(position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                   logits_to_keep=length)
     with _pure(model):
-        logits = model(tokens, attention_mask=mask, **_accepted(model, **options)).logits
+        known = _prefix(model, *rollouts[:2], length)
+        new = slice(0 if known is None else rollouts.prompt_tokens.shape[1] - 1, None)
+        options = _accepted(model, position_ids=_positions(mask)[:, new], past_key_values=known,
+                            use_cache=False, logits_to_keep=length)
+        logits = model(tokens[:, new], attention_mask=mask, **options).logits
     # `generate` samples from float32 logits, whatever the model's type.
     logits = logits[:, -length:].to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(logits / temperature, dim=2)
+
+
+def _positions(mask):
+    """Padding is on the left: places count from a prompt's first real token, as in `generate`."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _prefix(model, tokens, mask, length):
+    """The keys and values of prompts but for their last token, computed once for all samples of
+    one; differentiable. None where texts of `length` are no shorter, and little would be saved,
+    and for a model with recurrent states. Held equal by test_12."""
+    rows, of = torch.cat([tokens, mask], 1).unique_consecutive(dim=0, return_inverse=True)
+    if tokens.shape[1] <= length or len(rows) == len(tokens):
+        return None
+    tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
+    options = _accepted(model, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    cache = getattr(model(tokens, attention_mask=mask, **options), "past_key_values", None)
+    layers = getattr(cache, "layers", [None])
+    if not all(getattr(layer, "is_croppable", False) for layer in layers):
+        return None
+    cache.reorder_cache(of)
+    return cache
 
 
 def _accepted(model, **options):
@@ -725,8 +745,15 @@ def _sampler(model, eos_token_id):
     try:
         for m, own in kept.items():
             m.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=(eos + [0])[0])
+        def sample(tokens, mask, length, noise):
+            new = model.generate(tokens, attention_mask=mask, max_new_tokens=length,
+                                 do_sample=False, logits_processor=[noise],
+                                 past_key_values=_prefix(model, tokens, mask, length))
+            new = new[:, tokens.shape[1]:]
+            return F.pad(new, (0, length - new.shape[1]), value=(eos + [0])[0])
+
         with _pure(model):
-            yield model.generate, eos
+            yield sample, eos
     finally:
         for m, own in kept.items():
             m.generation_config = own
@@ -821,7 +848,7 @@ def _update(policy, optimizer, crew):
 
 # ============================================================================== room 3: the checks
 
-class _Double(TorchDispatchMode, contextlib.ContextDecorator):
+class _Double(torch.utils._python_dispatch.TorchDispatchMode, contextlib.ContextDecorator):
     """float64 stays float64 where a model asks for float32, as the norms of most do."""
 
     def __torch_dispatch__(self, call, types, given=(), named=None):
@@ -906,6 +933,7 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
                             temperature=temperature, seed=seed)
     finally:
         hook.remove()
+    seen = [x for x in seen if len(x) == len(rollouts.tokens)]  # without that of `_prefix`
     seen += [torch.zeros_like(seen[0])] * (max_new_tokens - len(seen))  # all had ended
     drawn = (torch.stack(seen, 1) / temperature).log_softmax(2)  # (N, L_new, V)
     drawn, worst = drawn.gather(2, rollouts.tokens[..., None])[..., 0], 0.0

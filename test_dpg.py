@@ -1469,6 +1469,31 @@ def test_12_what_is_written_does_not_depend_on_the_company():
     assert not torch.equal(same.tokens[:4], same.tokens[4:])
 
 
+@pytest.mark.parametrize("name, window", [
+    ("GPT2", {}), ("Llama", {}), ("Mistral", {"sliding_window": 3}),
+    ("Gemma3Text", {"sliding_window": 3}), ("Lfm2", {})])
+def test_12_a_prompt_longer_than_its_texts_is_read_once(name, window):
+    """Also by a policy that has a window of three."""
+    config = getattr(transformers, name + "Config")(
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=4, head_dim=4,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, **window)
+    policy = filled(transformers.AutoModelForCausalLM.from_config(config), 1, 0.3)
+    prompts, rows = prompts_of([1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 3], [4]), []
+    policy.register_forward_hook(lambda *call: rows.append(len(call[-1].logits)))
+    check_policy(policy, prompts, max_new_tokens=3, samples=4)
+    rollouts, slopes = generate(policy, prompts, samples=4, max_new_tokens=3, seed=0), []
+    rows.clear()
+    found = token_log_probs(policy, rollouts)
+    assert rows == [3, 12]
+    alone = torch.cat([token_log_probs(policy, Rollouts(*(x[i:i + 1] for x in rollouts)))
+                       for i in range(12)])
+    close(found, alone, 1e-10)
+    for x in found, alone:  # their norms compute in float32
+        slopes.append(vector(grad((x * randn(3, 12, 3)).sum(), list(policy.parameters()))))
+    close(*slopes, 1e-10 if name == "GPT2" else 1e-5)
+
+
 def plain_step(policy, reward=partial(
         metagradient, filled(Bare(54), 5), metric=lambda p: p["head.weight"].sum(),
         optimizer=SGD(0.1)), optimizer=torch.optim.SGD, lr=0.1, **how):

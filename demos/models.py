@@ -145,6 +145,7 @@ class Models:
         """What the generator is asked, in its chat's words where it has a chat template."""
         if not self.tokenizer.chat_template:
             return self.tokenizer([corpus.prompt(text) for text in texts], **how)
+
         def chats(*first):
             return self.tokenizer.apply_chat_template(
                 [[*first, {"role": "user", "content": corpus.chat_prompt(text)}] for text in texts],

@@ -28,7 +28,7 @@ WAYS = (f"; the two ways to it: --generator {SMOLLM2} with a connection to the h
 SMOLLM2_SETTINGS = dict(prompts=8, lr=2e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
 SMOLLM2_INNER = dpg.AdamW(1e-5, eps_root=1e-8)
 PRESETS = {"paper": dict(generator=LLAMA, credit="example", baseline="group", microbatch=16),
-           "smollm2": dict(generator=SMOLLM2, layers=10, microbatch=16)}
+           "smollm2": dict(generator=SMOLLM2, layers=10)}
 
 
 class Parser(argparse.ArgumentParser):
