@@ -1303,6 +1303,7 @@ def test_11_runs_are_kept(shortened, monkeypatch, tmp_path, capsys):
 def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
     """The READMEs' are those of the records. Of few runs: run, not run again, kept, refused."""
     tables, records, calls = demo("tables"), room("records"), []
+    stamp = records.stamp
     for path in tables.READMES:
         assert tables.render(path.read_text()) == path.read_text()
     phi = tables.Column("Phi", tables.spread("phi_after"))
@@ -1317,12 +1318,17 @@ def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
             (tables, "TABLES", {"few": tables.Table("reward", [phi], rows)})):
         monkeypatch.setattr(module, name, value)
 
-    def call(row, words, folder):
+    def call(row, words, folder, demos=None):
         calls.append(words)
+        if demos == tmp_path / "demos":  # as of an earlier version, which dealt otherwise
+            monkeypatch.setattr(records, "stamp", lambda *how: "then")
+            words = [*words, *["--seed", "7"] * ("naive" in words)]
         try:
             demo(row.demo).main(words)
         except SystemExit as stop:
             return stop.code
+        finally:
+            monkeypatch.setattr(records, "stamp", stamp)
 
     monkeypatch.setattr(tables, "call", call)
     tables.main(["--run", "language", "--seeds", "0-1"])
@@ -1331,7 +1337,7 @@ def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
     row = f"| DPG | 0-1 | 2 | {(a + b) / 2:.3f} ± {(b - a) / 2**0.5:.3f} |\n"
     assert row in readme.read_text()
     assert "| 8x8 | 0-0 | not run |  |\n" in readme.read_text() and len(calls) == 3
-    assert naive["options"] == {"steps": 4, "reward": "naive"} and len(naive["first"]) == 3
+    assert naive["options"] == {"steps": 4, "reward": "naive"}
     tables.main(["--run", "few"])  # what is missing
     picture, = records.load("sixty_seven")
     assert len(calls) == 4 and picture["options"]["pattern"] == tables.picture(0)["pattern"]
@@ -1339,11 +1345,12 @@ def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
         demo("language").main(["--steps", "4", "--stop", "3", "--out", str(tmp_path / "stopped")])
     demo("language").main(["--resume", str(tmp_path / "stopped")])
     assert written(tmp_path / "stopped")[0]["phi_after"] == first["phi_after"]
-    monkeypatch.setattr(records, "stamp", lambda *how: "now")
-    records.replace("language", [first, second, naive | {"first": first["first"]}])
-    tables.main(["--keep", "language"])
-    assert [row["hash"] for row in records.load("language")] == ["now", "now", naive["hash"]]
-    assert "naive: seed 0 differs" in capsys.readouterr().out and len(calls) == 7
+    monkeypatch.setattr(tables, "version", lambda commit: contextlib.nullcontext(tmp_path))
+    for name, hashes in ("then", [first["hash"]] * 2 + ["then"]), ("others", ["others"] * 3):
+        records.replace("language", [row | {"hash": name} for row in (first, second, naive)])
+        tables.main(["--keep", "language", "--since", "HEAD"])
+        assert [row["hash"] for row in records.load("language")] == hashes
+    assert "naive: seed 0 differs" in capsys.readouterr().out and len(calls) == 14
 
 
 def test_11_pretrain(tmp_path, monkeypatch):

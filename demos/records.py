@@ -1,8 +1,8 @@
 """The results that the tables are made of: demos/results/<demo>.jsonl, a line for each run.
 
 A run adds its line on request (--record); demos/tables.py reads them. A line is the run's
-result.json with the options that differ from the defaults, the metrics of the first three steps,
-versions, and a hash of the code and the models that it was made with.
+result.json with the options that differ from the defaults, versions, and a hash of the code and the
+models that it was made with.
 """
 import hashlib
 import json
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 DEMOS = pathlib.Path(__file__).resolve().parent
-RESULTS, FIRST = DEMOS / "results", 3
+RESULTS = DEMOS / "results"
 # What says where and how a run is kept, not what it computes.
 KEEPING = {"seed", "out", "overwrite", "record", "resume", "stop"}
 
@@ -43,10 +43,10 @@ def text(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def add(result, options, history, made_with):
+def add(result, options, made_with):
     RESULTS.mkdir(exist_ok=True)
     line = text([result | {
-        "options": options, "first": history[:FIRST], "hash": made_with,
+        "options": options, "hash": made_with,
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__}])
     with open(path(result["demo"]), "a", encoding="utf-8") as file:

@@ -249,5 +249,5 @@ class Run:
         self.save("result.json", json.dumps(result, indent=2) + "\n")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if args.record:
-            records.add(result, self.options, self.history, self.stamp)
+            records.add(result, self.options, self.stamp)
         return result

@@ -2,11 +2,12 @@
 
     python demos/tables.py                                      # writes the tables
     python demos/tables.py --run uuid --seeds 100-119 --jobs 2  # runs what is missing of a table
-    python demos/tables.py --keep uuid      # are rows of an earlier version still valid?
+    python demos/tables.py --keep uuid --since COMMIT  # are rows of an earlier version still valid?
 
 --run and --keep take a table or a demo. A run counts as missing where no record has the hash of the
 present code and models; one that was interrupted is resumed. --keep runs three steps with two
-recorded seeds of each row. Where they are equal, bit for bit, all of the row gets the present hash.
+recorded seeds of each row, now and as of the commit that the records were made with, for another
+processor rounds otherwise. Where the two are equal, bit for bit, the row gets the present hash.
 """
 import pathlib
 import sys
@@ -15,6 +16,7 @@ import sys
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -263,7 +265,7 @@ def rows_of(*names):
     return list({(row.demo, row.options, row.seeds, row.own): row for row in rows}.values())
 
 
-def start(row, seed, folder, *more):
+def start(row, seed, folder, *more, demos=records.DEMOS):
     """Runs a demo; the last line that it said where it failed, else None."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [*row.options.split(), "--seed", str(seed), "--out", str(folder), *more]
@@ -272,12 +274,12 @@ def start(row, seed, folder, *more):
             (folder / "pattern.txt").write_text("\n".join(value) + "\n")
             value = str(folder / "pattern.txt")
         words += ["--" + name, value]
-    return call(row, words, folder)
+    return call(row, words, folder, demos)
 
 
-def call(row, words, folder):
+def call(row, words, folder, demos=records.DEMOS):
     with open(folder / "log.txt", "w+", encoding="utf-8") as log:
-        done = subprocess.run([sys.executable, records.DEMOS / f"{row.demo}.py", *words], cwd=ROOT,
+        done = subprocess.run([sys.executable, demos / f"{row.demo}.py", *words], cwd=ROOT,
                               stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         log.seek(0)
         return log.read().strip().splitlines()[-1] if done.returncode else None
@@ -297,17 +299,21 @@ def run(row, seed):
     print(f"{folder.name}: {problem or 'done'}", flush=True)
 
 
-def keep(row):
-    """Whether three steps are as recorded; then the records get the present hash."""
+def keep(row, earlier):
+    """Whether three steps are as in the folder with an earlier version; then the records that were
+    made with that one get the present hash."""
     stamp, name = row.stamp(), f"{row.demo} {row.options}".strip()
     old = [record for record in row.records() if record["hash"] != stamp]
     for record in {record["seed"]: record for record in old[:1] + old[-1:]}.values():
         with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
-            problem = start(row, record["seed"], folder, "--stop", str(records.FIRST))
-            rows = zip(records.rows(folder / "metrics.jsonl"), record["first"])
-        if problem or [{key: new[key] for key in old if key in new}  # new keys may have come
-                       for new, old in rows] != record["first"]:
+            rows = []
+            for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
+                part = pathlib.Path(folder) / part
+                problem = start(row, record["seed"], part, "--stop", "3", demos=demos)
+                rows.append(records.rows(part / "metrics.jsonl"))
+            then = json.loads((part / "arguments.json").read_text())["hash"]
+        old = [record for record in old if record["hash"] == then]
+        if problem or not rows[0] == rows[1] or not old:
             print(f"{name}: seed {record['seed']} {problem or 'differs'}; run it again", flush=True)
             return
     if old:
@@ -317,11 +323,24 @@ def keep(row):
     print(f"{name}: {len(old)} of {len(row.records())} records got the present hash", flush=True)
 
 
+@contextlib.contextmanager
+def version(commit):
+    """A folder with an earlier version of all files."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", folder, commit], check=True)
+        try:
+            yield pathlib.Path(folder)
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
 def main(argv=None):
     p, names = options.Parser(__file__, __doc__), list(dict.fromkeys(
         [*TABLES, *(row.demo for row in rows_of(*TABLES))]))
     p.add_argument("--run", choices=names, help="the table or demo whose missing runs are made")
     p.add_argument("--keep", choices=names, help="the table or demo whose records are to be kept")
+    p.add_argument("--since", metavar="COMMIT", help="of --keep: what made the records")
     p.add_argument("--seeds", type=seeds, help="of --run: only these, as 100-119")
     p.add_argument("--jobs", type=options.positive, default=1, help="runs side by side (default 1)")
     args = p.parse_args(argv)
@@ -333,8 +352,12 @@ def main(argv=None):
                         if seed in (args.seeds or row.seeds) and seed not in valid]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job), missing))
-    for row in rows_of(args.keep):
-        keep(row)
+    if bool(args.keep) != bool(args.since):
+        p.error("--keep needs --since, and the reverse")
+    if args.keep:
+        with version(args.since) as earlier:
+            for row in rows_of(args.keep):
+                keep(row, earlier)
     for path in READMES:
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
     for row in rows_of(*TABLES):
