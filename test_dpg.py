@@ -1300,6 +1300,14 @@ def test_11_runs_are_kept(shortened, monkeypatch, tmp_path, capsys):
     assert written(tmp_path / "u")[0]["uuid"] == str(drawn)
 
 
+def test_11_a_run_with_nothing_left_to_learn_ends(shortened, monkeypatch, tmp_path):
+    monkeypatch.setattr(room("rewards"), "reward", lambda *how, **named: lambda examples:
+                        Attribution(torch.zeros(examples.tokens.shape), 0.0, {}, torch.zeros(1)))
+    demo("language").main(["--steps", "9", "--out", str(tmp_path)])
+    result, rows = written(tmp_path)
+    assert result["steps"] == len(rows) == 3
+
+
 def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
     """The READMEs' are those of the records. Of few runs: run, not run again, kept, refused."""
     tables, records, calls = demo("tables"), room("records"), []

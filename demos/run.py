@@ -24,6 +24,7 @@ from demos import check, records, rewards
 from demos.models import SAMPLES, Models
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints, at least
+IDLE = 3  # steps in a row in which no text earns more than another end a run: all are the same
 
 
 def one_line(method):
@@ -133,7 +134,8 @@ class Run:
                     group=self.group)
                 decay.step()
                 row = {"step": step, "phi": result.attribution.metric, **observe(step, result),
-                       "entropy": result.entropy, "kl": result.kl if kl_coef else None}
+                       "entropy": result.entropy, "kl": result.kl if kl_coef else None,
+                       "learns": bool(result.advantages.any())}
                 history.append(row)
                 if self.rank == 0:
                     with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -141,11 +143,16 @@ class Run:
                 self.checkpoint(optimizer, decay, last=step == end - 1)
                 shown = row[show][:40] if isinstance(row[show], str) else f"{row[show]:.3f}"
                 bar.set_postfix_str(f"Phi {row['phi']:.3f}  {show.replace('_', ' ')} {shown}")
+                if len(history) >= IDLE and not any(row["learns"] for row in history[-IDLE:]):
+                    bar.close()
+                    print(f"{self.demo}.py: all texts are the same, nothing is left to learn",
+                          file=sys.stderr)
+                    break
         if self.group is not None:
             dist.destroy_process_group()
         if self.rank > 0:
             sys.exit()  # what follows, the first process does alone
-        if end < args.steps:
+        if len(history) == end < args.steps:
             print(f"{self.demo}.py: stopped after {end} steps; --resume {self.folder} goes on",
                   file=sys.stderr)
             sys.exit()
@@ -236,7 +243,7 @@ class Run:
     def finish(self, **result):
         """generator/ and result.json, and on request a record; the run is complete."""
         args, models = self.args, self.models
-        result = {"demo": self.demo, "seed": args.seed, "steps": args.steps,
+        result = {"demo": self.demo, "seed": args.seed, "steps": len(self.history),
                   "seconds": round(time.perf_counter() - self.began, 1), "reward": args.reward,
                   "inner": args.inner, "credit": args.credit, "baseline": args.baseline,
                   "generator": args.generator, "target": args.target, **result}

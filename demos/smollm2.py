@@ -30,7 +30,7 @@ LENGTH = 6  # characters of a code
 
 
 def parser():
-    p = options.parser(__file__, __doc__, steps=75, generator=options.SMOLLM2)
+    p = options.parser(__file__, __doc__, steps=120, generator=options.SMOLLM2)
     p.add_argument("--code", type=code, help="what to write (default: drawn from --seed)")
     p.set_defaults(**options.PRESETS["smollm2"])
     return p
