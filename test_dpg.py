@@ -1359,6 +1359,12 @@ def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
         tables.main(["--keep", "language", "--since", "HEAD"])
         assert [row["hash"] for row in records.load("language")] == hashes
     assert "naive: seed 0 differs" in capsys.readouterr().out and len(calls) == 14
+    codes = []
+    for text in ('def f():\n    "a"\n    return 1', "def f():  # b\n    'c'\n    return (1)",
+                 "def f():\n    'c'\n    return 2"):
+        readme.write_text(text)
+        codes.append(records.code(readme))
+    assert codes[0] == codes[1] != codes[2]  # what is only said does not count
 
 
 def test_11_pretrain(tmp_path, monkeypatch):
