@@ -1,13 +1,14 @@
 """Dataset Policy Gradient (DPG): train a generator so that a model trained on its text scores well.
 
-A generator pi_theta writes a dataset D = {x_1..x_n}. A target model is trained on D by supervised
+A generator pi_theta writes a dataset D = {x_1..x_N}. A target model is trained on D by supervised
 fine-tuning (SFT), A(w, D), where example i has loss weight w_i. A differentiable metric Phi (higher
 is better) scores the trained target; Phi(w) is short for Phi(A(w, D)). DPG rewards each example
 with its metagradient,
 
     tau_i = d Phi(A(w, D)) / d w_i   at w = 1         (positive: more weight on x_i raises Phi)
 
-and improves the generator along the policy gradient, sum_i tau_i grad_theta log pi_theta(x_i).
+and improves the generator along sum_i tau_i grad_theta log pi_theta(x_i), an estimate of the
+policy gradient, grad_theta E Phi.
 
 The method is from "Synthetic Data for any Differentiable Target" (Thrush et al., 2026),
 https://arxiv.org/abs/2604.08423v1, whose sections are cited below. The code is written from that
@@ -22,18 +23,19 @@ text; test_dpg.py holds it against finite differences and exact enumeration.
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
     pi_theta    policy                  the generator, a model with `generate`
-    x_i         Rollouts.tokens         what the policy wrote, a row of D           (N, L_new)
+    x_i         Rollouts.tokens         what the policy wrote; a row of D is of it  (N, L_new)
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
+    A_it        advantages              rewards to go, centred and scaled           as tau
 
 Departures from the paper; what is known of their cost is said where the code is:
- 1. One policy update per step, on all rollouts at once: no ratio, no clipping (`dpg_step`).
+ 1. One policy update per step, on all rollouts at once: no importance ratio to clip (`dpg_step`).
  2. Losses are divided by the constants B and L: w_i = 0 leaves no trace of x_i (`_loss`).
  3. Rewards are centred in any groups, not only per prompt, or not at all (`advantages`).
  4. Scaled, they are divided by their standard deviation with no constant added (`advantages`).
  5. On request, a reward for each token (`advantages`).
  6. On request, an entropy bonus and a KL term, as exact sums (`policy_gradient_loss`).
- 7. All rollouts train one target, the paper's cross-group batching; its ablation, G targets, is
-    left out. A has one pass, a constant learning rate, no gradient clipping and no bfloat16.
+ 7. All rollouts train one target, the paper's cross-group batching; its ablation, a target for
+    the g-th samples each, is left out. A has one pass, a constant rate, no clipping, no bfloat16.
 
 Room 1 is the method, up to `dpg_step`, which is Algorithm 1. Room 2: the same in less memory and on
 several processes. Room 3: checks; of your models (`check_target`, `check_policy`), of arguments.
@@ -108,9 +110,9 @@ class AdamW:
 
     With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
     gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
-    eps_root), so a coordinate with g^2 far above eps_root moves by lr whatever w is, and adds
-    nothing to tau. With eps_root = 10 s^2, s the largest entry of grad l_i / B, the relative bias
-    of tau at T = 1 is about 0.05 (demos/estimators.py); the default, the paper's, may be far lower.
+    eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
+    adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
+    the bias of tau was 0.05 of it at T = 1; with the default, the paper's, it may be far larger.
     """
 
     lr: float
@@ -162,10 +164,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
 def _train(run, z, steps, graph=None):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step. With graph="run" each can be
-    differentiated; g is a derivative itself, so a derivative of what follows is a second one. With
-    "update" what follows from z and g alone is (`_replay`).
-    """
+    Yields z, the gradient g, the loss, and z after the step. With graph="run" the whole run can be
+    differentiated, back to w; g is a derivative itself, so that is a second one. With "update" each
+    update can, by z and g (`_replay`); with None nothing."""
     for k in steps:
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
         z, g = _leaf((z, g)) if graph == "update" else (z, g)
@@ -176,19 +177,19 @@ def _train(run, z, steps, graph=None):
 
 
 def _loss(model, params, examples, weights, B):
-    """(1/B) sum_i w_i l_i, with l_i = (1/L) sum_t mask_it * nll_it; or w_it on each nll_it.
+    """(1/B) sum_i w_i l_i of a minibatch, l_i = (1/L) sum_t mask_it * nll_it; or w_it on nll_it.
 
     B and L = tokens.shape[1] are constants, not counts of what was written, and x_i stands in one
-    summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i: its Phi is a
-    baseline that adds 0 in expectation, for given the prompts the x_i are independent and
+    summand alone, with the factor w_i. So A(w, D) with w_i = 0 has no trace of x_i, and its Phi,
+    subtracted as a baseline, changes no expectation: given the prompts the x_i are independent, and
     E grad log pi(x_i) = 0. With F = E Phi(w = 1), any optimizer and T, other weights 1, exactly
 
         grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ].
 
-    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference: this is the bias
-    of DPG (without what `advantages` may add). It is 0 where Phi(w) is affine in each w_i; relative
-    to tau it falls with lr and with one example's share 1/B (SGD), or as eps_root grows (AdamW).
-    """
+    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference. What it misses is
+    the bias of DPG (without what `advantages` may add): nothing where Phi(w) is affine in each w_i,
+    as at T = 1 with SGD and Phi linear in the parameters; else, as a part of tau, less with a lower
+    lr or a smaller share 1/B of an example (SGD), or with a larger eps_root (AdamW)."""
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
     return (w * nll).sum() / (B * examples.tokens.shape[1])
@@ -210,7 +211,7 @@ def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = 
 
 
 class Attribution(NamedTuple):
-    """What `metagradient` returns; all detached."""
+    """What `metagradient` returns, without a graph."""
 
     tau: Tensor  # (N,), or (N, L) with 0 where the mask is 0
     metric: float  # Phi(A(w, D)), at w = 1 unless given
@@ -281,8 +282,8 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     tokenizer returns with padding_side="left". A rollout ends at the first end-of-text, by default
     the one of the model's generation config. Temperature 0 takes the most likely token. Each prompt
     has a random stream of its own, from `seed` and its place, or from its entry where `seed` is a
-    sequence: but for rounding what is written for it depends neither on the others nor on
-    `microbatch`, the rows computed at once (at least one prompt's). No global state is used."""
+    sequence. So what is written for it does not depend (but for rounding) on the other prompts or
+    on `microbatch`, the rows computed at once, at least one prompt's. No global state is used."""
     _check(locals())
     (tokens, mask), written = _pair(prompts), []
     seeds, rows = _seeds(seed, len(tokens)), max(1, (microbatch or 2**63) // samples)
@@ -290,7 +291,7 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     with _sampler(model, eos_token_id) as (sample, eos):
         for i, (some, known) in enumerate(_chunks(rows * samples, tokens, mask)):
             noise = _gumbel(temperature, samples, seeds[i * rows:][:rows], tokens.device)
-            written.append(sample(some, known, max_new_tokens, noise))  # the largest noisy logits
+            written.append(sample(some, known, max_new_tokens, noise))  # Gumbel-max
     new = torch.cat(written)  # (N, L_new)
     ended = torch.isin(new, new.new_tensor(eos)).long()
     return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
@@ -330,26 +331,26 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
 
 def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, baseline: str = "none",
                scale: bool = False, discount: float | None = None) -> Tensor:
-    """Rewards to advantages, same shape as tau.
+    """Rewards tau to advantages A, same shape.
 
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
     `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
     it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t), with which the
-    policy gradient is exact: the row's losses that remain, of s < t, do not see x_it. Below 1, what
-    a token does to later ones, as their context and by what is written after it, counts too little,
-    with 0 not at all: that adds bias, and as a rule lowers the variance.
+    policy gradient is exact: the row's losses that remain, of s < t, do not see x_it, for the
+    target is causal. Below 1, what a token does to later losses, as context and by what is written
+    after it, counts too little, with 0 not at all: more bias, and as a rule less variance.
 
-    Groups are `group_size` adjacent rows, None for the whole batch: G centres within a prompt, as
-    the paper's GRPO does, N / T within an inner minibatch, for rewards of early steps differ in
-    size. baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of
-    those with a label at the same position. tau_j depends on x_i through the run they share, so
-    both add bias, and as a rule lower the variance. Where it does not (T = 1, SGD, Phi linear in
-    the parameters) "loo" adds none. "mean", in which tau_i itself counts, is (n - 1) / n times it.
+    Groups are `group_size` adjacent rows: G, a prompt's samples, as in the paper's GRPO; N / T, an
+    inner minibatch, since rewards of early and late steps differ in size; None, the whole batch.
+    baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those
+    with a label at the same position. tau_j depends on x_i through the run they share, so both add
+    bias, and as a rule lower the variance. Only where tau_j does not see x_i (T = 1, SGD, Phi
+    linear in the parameters) "loo" adds none. Of n rows, "mean" is (n - 1) / n times "loo".
 
     scale=True divides by the group's standard deviation about its mean: a step is as long whatever
-    the unit of Phi. It adds a bias of order 1/n (n rows), and weighs several groups alike. Rewards
-    that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are equal:
-    several equal rows get exactly 0 from "mean" and "loo", a group of them also from scale."""
+    the unit of Phi or the spread. It adds a bias of order 1/n; several groups weigh the same.
+    Rewards that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are
+    equal: several equal rows get exactly 0 from "mean" and "loo", with scale also from "none"."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -379,10 +380,10 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
                          kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
-    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). A token count in a denominator
-    would favour some lengths. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N) sum_it KL_it, from
-    `token_log_probs`, change the objective, not the estimator of Phi; how theta changes which
-    positions are visited is left out of their gradient, as is common."""
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). With a token count instead of
+    N tokens of short texts would count more. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
+    sum_it KL_it, from `token_log_probs`, are terms of another objective than Phi; their gradient
+    leaves out how theta changes which positions are visited, as is common."""
     _check(locals())
     terms = -advantages.detach().view(len(log_probs), -1) * log_probs
     if entropy_coef:
@@ -414,10 +415,11 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     `encode` makes the target's N training rows of what was written: partial(Rollouts.examples,
     start=...) where the models share a tokenizer, or text encoded anew, padded on the right to a
     fixed length (then credit is per example). `reward` makes their `Attribution`:
-    partial(metagradient, target, metric=..., optimizer=...), with per_token=True where a `discount`
-    is given. `policy` and `policy_optimizer` are changed in place; all else is as in the functions
-    called. Unlike `advantages` it centres and scales by default: rewards may be 1e-9, and a step
-    would do nothing. Each step needs a `seed` of its own. `_Processes` tells of `group`."""
+    partial(metagradient, target, metric=..., optimizer=...), each time from the same target, with
+    per_token=True where a `discount` is given, and a `microbatch` and `group` of its own. `policy`
+    and `policy_optimizer` are changed in place; pi_theta is the policy at `temperature`. Unlike
+    `advantages` it centres and scales by default: rewards may be 1e-9, and a plain step would do
+    nothing. Each step needs a `seed` of its own. `_Processes` tells of `group`."""
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
