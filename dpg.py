@@ -112,7 +112,7 @@ class AdamW:
     gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
-    the bias of tau was 0.05 of it at T = 1; with the default, the paper's, it may be far larger.
+    tau's bias was 0.05 of it at T = 1 (demos/estimators.py); with the default it may be far larger.
     """
 
     lr: float

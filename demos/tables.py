@@ -147,7 +147,7 @@ def outcome(when):
 
 def times_right(found):
     """Of what is all or nothing how many runs are right; else mean and standard deviation."""
-    if found[0]["demo"] in ("uuid", "smollm2"):
+    if found[0]["demo"] in STRINGS:
         return f"{sum(record['exact_after'] >= 0.95 for record in found)} of {len(found)} seeds"
     return spread(outcome("after"))(found)
 
@@ -156,7 +156,7 @@ def learned(found):
     """By a target, from the generator's text, where the score is of that text itself."""
     if found[0]["demo"] == "language":
         return average(lambda record: record["gap_closed"])(found) + " of the way"
-    if found[0]["demo"] in ("uuid", "smollm2"):
+    if found[0]["demo"] in STRINGS:
         return "{} ({})".format(*(average(lambda record: record[f"sft_loglik_{text}_10T"])(found)
                                   for text in ("after", "control")))
     return "see DPG"
@@ -178,6 +178,7 @@ def perplexity(data):
     return spread(lambda record: record["perplexity"][data], 2)
 
 
+STRINGS = ("uuid", "smollm2")  # whose answer has the whole string, or has not
 CONTROLS = {name: f"--reward {name}" for name in ("naive", "shuffled", "influence")}
 LANGUAGES = dict(German="de", Spanish="es", French="fr", Italian="it")
 # The folder that the README's two lines make; the file from the hub has finer weights.
@@ -334,16 +335,21 @@ def keep(row, earlier):
     old = [record for record in row.records() if record["hash"] != stamp]
     for record in {record["seed"]: record for record in old[:1] + old[-1:]}.values():
         with tempfile.TemporaryDirectory() as folder:
-            rows = []
+            folder, rows = pathlib.Path(folder), []
             for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
-                part = pathlib.Path(folder) / part
-                problem = start(row, record["seed"], part, "--stop", "3", demos=demos)
-                rows.append(records.rows(part / "metrics.jsonl"))
-            then = json.loads((part / "arguments.json").read_text())["hash"]
-        old = [record for record in old if record["hash"] == then]
-        now = [{key: row[key] for key in row if key in rows[1][0]} for row in rows[0]]
-        if problem or now != rows[1] or not old:  # new keys may have come
-            print(f"{name}: seed {record['seed']} {problem or 'differs'}; run it again", flush=True)
+                problem = start(row, record["seed"], folder / part, "--stop", "3", demos=demos)
+                if problem:
+                    break
+                rows.append(records.rows(folder / part / "metrics.jsonl"))
+            else:
+                then = json.loads((folder / "then/arguments.json").read_text())["hash"]
+                old = [record for record in old if record["hash"] == then]
+                now, before = rows
+                shared = [{key: new[key] for key in new if key in before[0]} for new in now]
+                if shared != before or not old:  # new keys may have come
+                    problem = "differs"
+        if problem:
+            print(f"{name}: seed {record['seed']} {problem}; run it again", flush=True)
             return
     if old:
         kept = [record | {"hash": stamp} if record in old else record
