@@ -156,7 +156,7 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     with _full_precision():
-        for *_, (params, _) in _train(run, run.start(), range(steps), "run" if graph else None):
+        for *_, (params, _) in _train(run, run.z0, range(steps), "run" if graph else None):
             pass
     return run.all | params
 
@@ -248,7 +248,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 def _unroll(run, metric):
     """The definition: train, look at Phi, differentiate."""
     losses = []
-    for *_, loss, (params, _) in _train(run, run.start(), range(run.T), graph="run"):
+    for *_, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
         losses.append(loss)
     phi, adjoint = _phi(run, metric, params, losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
@@ -469,9 +469,7 @@ class _Run:
         self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
         self.reached = set()  # names of the parameters that a loss depends on
-
-    def start(self):
-        return self.params, self.optimizer.init(self.params)
+        self.z0 = self.params, optimizer.init(self.params)
 
     def parts(self, k, params, graph):
         """The share that each micro-batch of minibatch k has in the gradient and in the loss."""
@@ -513,7 +511,7 @@ def _replay(run, metric, every, offload):
     """
     device, last = run.weights.device, (run.T - 1) // every * every
     starts, kept, losses, taus = {}, {}, [], []  # of stretches; of steps, with the update's graph
-    for k, (z, g, loss, after) in enumerate(_train(run, run.start(), range(run.T), "update")):
+    for k, (z, g, loss, after) in enumerate(_train(run, run.z0, range(run.T), "update")):
         if k >= last or every == 1 and not offload:
             kept[k] = z, g, after
         elif k % every == 0:
@@ -663,7 +661,7 @@ def _logits(model, params, tokens):
 def _next_token_log_probs(model, rollouts, temperature):
     """log pi of every token of the vocabulary at each place of the rollouts, (N, L_new, V)."""
     tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, :-1]
-    mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.tokens)], 1)[:, :-1]
+    mask = torch.cat([rollouts.prompt_mask.long(), torch.ones_like(rollouts.tokens)], 1)[:, :-1]
     length = rollouts.tokens.shape[1]
     with _pure(model):
         known = _prefix(model, *rollouts[:2], length)
@@ -685,14 +683,17 @@ def _prefix(model, tokens, mask, length):
     """The keys and values of prompts but for their last token, computed once for all samples of
     one; differentiable. None where texts of `length` are no shorter, and little would be saved,
     and for a model with recurrent states. Held equal by test_12."""
-    rows, of = torch.cat([tokens, mask], 1).unique_consecutive(dim=0, return_inverse=True)
-    if tokens.shape[1] <= length or len(rows) == len(tokens):
+    if tokens.shape[1] <= length:
+        return None
+    rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
+    if len(rows) == len(tokens):
         return None
     tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
     options = _accepted(model, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
     cache = getattr(model(tokens, attention_mask=mask, **options), "past_key_values", None)
     layers = getattr(cache, "layers", [None])
-    if not all(getattr(layer, "is_croppable", False) for layer in layers):
+    if not (all(getattr(layer, "is_croppable", False) for layer in layers)
+            and cache.get_seq_length() == tokens.shape[1]):  # more, where a wrapper adds its own
         return None
     cache.reorder_cache(of)
     return cache
@@ -854,11 +855,9 @@ class _Double(torch.utils._python_dispatch.TorchDispatchMode, contextlib.Context
     """float64 stays float64 where a model asks for float32, as the norms of most do."""
 
     def __torch_dispatch__(self, call, types, given=(), named=None):
-        named = named or {}
-        if call is torch.ops.aten._to_copy.default and given[0].dtype is torch.float64 and (
-                named.get("dtype") is torch.float32):
-            named = named | {"dtype": torch.float64}
-        return call(*given, **named)
+        if call is torch.ops.aten._to_copy.default and given[0].dtype is torch.float64:
+            named = {k: v for k, v in (named or {}).items() if v is not torch.float32}
+        return call(*given, **(named or {}))
 
 
 @_Double()
@@ -964,13 +963,15 @@ def _phi(run, metric, params, losses):
                  + why, NotFinite)
     phi = metric(run.all | params)
     _require(isinstance(phi, Tensor) and phi.numel() == 1 and phi.requires_grad,
-             f"metric must return one number that depends on the parameters; got {_short(phi)}")
+             "metric must return one number that depends on the parameters that it is given, by "
+             f"torch.func.functional_call, and not detached; got {_short(phi)}")
     _require(phi.isfinite(), f"metric is {phi.item()} after the last step of the inner run; is it "
              "defined for these parameters? Otherwise lower lr", NotFinite)
     adjoint = torch.autograd.grad(phi.sum(), list(params.values()), allow_unused=True)
     reads = {k for k, a in zip(params, adjoint) if a is not None}
     _require(any(run.crew.everyones(bool(reads & run.reached))),
-             "metric does not depend on any parameter that training on the examples changes")
+             "metric does not depend on any parameter that training on the examples changes; does "
+             "it run the model with those that it is given (torch.func.functional_call)?")
     return phi.detach(), _zeros(adjoint, params.values())
 
 
@@ -1097,11 +1098,12 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: len(x) == 2 and all(_real(beta) and 0 <= beta < 1 for beta in x)),
     ("temperature", "a number above 0 (in `generate` 0 too)",
      lambda c, x: _real(x) and (x > 0 or x == 0 and "eos_token_id" in c)),
-    ("entropy_coef", "a number, at least 0, and 0 without entropy",
+    ("entropy_coef", "a number, at least 0; above 0 it needs entropy",
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("entropy", 0) is not None)),
-    ("kl_coef", "a number, at least 0, and 0 without kl or a reference",
+    ("kl_coef", "a number, at least 0; above 0 it needs kl, in `dpg_step` a reference",
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("kl", c.get("reference")) is not None)),
-    ("discount", "in [0, 1] where tau is per token, None where it is per example", _Call.discount),
+    ("discount", "in [0, 1] where tau is per token (per_token=True), None where it is per example",
+     _Call.discount),
     ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
     ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
      and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),

