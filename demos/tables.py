@@ -34,8 +34,9 @@ from demos import options, records
 
 ROOT = records.DEMOS.parent
 READMES, RUNS = (ROOT / "README.md", ROOT / "demos/README.md"), ROOT / "runs/tables"
-TWENTY, TEN, FIVE, THREE = (range(100, 100 + n) for n in (20, 10, 5, 3))
-NEXT, TWO = range(105, 110), range(105, 107)  # seeds 100 to 104 were seen before the last change
+TWENTY, TEN, THREE = (range(100, 100 + n) for n in (20, 10, 3))
+# Of these demos, earlier ones were seen before the last change of their settings.
+UUIDS, LANGUAGE, CODES = range(120, 140), range(105, 110), range(105, 110)
 
 
 # -------------------------------------------------------------------------- what a table is made of
@@ -192,9 +193,10 @@ TABLES = {
         Row("QR code: pixels right (4.1)", "qr_code", "", TEN, digits),
         Row('"67": pixels right (4.2)', "sixty_seven", "", TWENTY),
         Row("LM head's norm, change in % (4.3)", "l2_norm", "", TEN),
-        Row("answers in one of four languages (4.4)", "language", "", FIVE, whatever="language"),
-        Row("answers with the whole UUID (4.5)", "uuid", "", TWENTY),
-        Row("SmolLM2: answers with the code", "smollm2", SMOLLM2, NEXT)]),
+        Row("answers in one of four languages (4.4)", "language", "", LANGUAGE,
+            whatever="language"),
+        Row("answers with the whole UUID (4.5)", "uuid", "", UUIDS),
+        Row("SmolLM2: answers with the code", "smollm2", SMOLLM2, CODES)]),
     "weights": Table("what the text must do to the target, reward", [
         Column("reached", spread(lambda r: reached(r, ""))),
         Column("read", share(lambda r: r["payload"] == r["text"])),
@@ -216,21 +218,21 @@ TABLES = {
         Column("plain SFT", spread("sft_loglik_after_10T")),
         Column("another target", spread("sft_loglik_transfer_after_10T")),
         Column("seconds", spread("seconds", 0))], [
-        Row("**DPG**", "uuid", "", TWENTY),
-        Row("untrained generator, the same UUIDs", "uuid", "", TWENTY, shows=untrained),
-        *(Row(name, "uuid", how) for name, how in CONTROLS.items()),
-        Row("DPG, SGD inside", "uuid", "--inner sgd"),
-        Row("DPG, a freshly initialised target", "uuid", "--target fresh"),
-        Row("DPG, a target that knows none by heart", "uuid", "--target runs/no-identifiers")]),
+        Row("**DPG**", "uuid", "", UUIDS),
+        Row("untrained generator, the same UUIDs", "uuid", "", UUIDS, shows=untrained),
+        *(Row(name, "uuid", how, UUIDS[:3]) for name, how in (CONTROLS | {
+            "DPG, SGD inside": "--inner sgd",
+            "DPG, a freshly initialised target": "--target fresh",
+            "DPG, a target that knows none by heart": "--target runs/no-identifiers"}).items())]),
     "smollm2": Table("reward", [
         Column("Exact at least 0.95", share(lambda r: r["exact_after"] >= 0.95)),
         Column("Exact", spread("exact_after")), Column("in place", spread("in_place_after")),
         Column("Exact, sampled", spread("exact_sampled_after")),
         Column("plain SFT", spread("sft_loglik_after_10T")),
         Column("seconds", spread("seconds", 0))], [
-        Row("**DPG**", "smollm2", SMOLLM2, NEXT),
-        Row("untrained generator, the same codes", "smollm2", SMOLLM2, NEXT, shows=untrained),
-        *(Row(name, "smollm2", f"{SMOLLM2} {how}", TWO) for name, how in CONTROLS.items())]),
+        Row("**DPG**", "smollm2", SMOLLM2, CODES),
+        Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
+        *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items())]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
@@ -240,15 +242,15 @@ TABLES = {
         Column("gap closed", spread("gap_closed", 2)),
         Column("seconds", spread("seconds", 0))], [
         row for language, code in LANGUAGES.items() for row in (
-            Row(f"**{language}**, **DPG**", "language", f"--language {code}", FIVE),
-            *(Row(f"{language}, {name}", "language", f"--language {code} {how}")
+            Row(f"**{language}**, **DPG**", "language", f"--language {code}", LANGUAGE),
+            *(Row(f"{language}, {name}", "language", f"--language {code} {how}", LANGUAGE[:3])
               for name, how in CONTROLS.items()))]),
     "perplexity": Table("perplexity after SFT on", [
         Column("nothing", perplexity("none")), Column("untrained generator", perplexity("control")),
         *(Column(name, perplexity("generated"), how, 3) for name, how in CONTROLS.items()),
         Column("DPG, SGD inside", perplexity("generated"), "--inner sgd", 3),
         Column("**DPG**", perplexity("generated")), Column("real text", perplexity("real"))], [
-        Row(language, "language", f"--language {code}", FIVE)
+        Row(language, "language", f"--language {code}", LANGUAGE)
         for language, code in LANGUAGES.items()]),
 }
 
