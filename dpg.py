@@ -62,6 +62,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -386,10 +387,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     leaves out how theta changes which positions are visited, as is common."""
     _check(locals())
     terms = -advantages.detach().view(len(log_probs), -1) * log_probs
-    if entropy_coef:
-        terms = terms - entropy_coef * entropy
-    if kl_coef:
-        terms = terms + kl_coef * kl
+    terms = terms - (entropy_coef * entropy if entropy_coef else 0)
+    terms = terms + (kl_coef * kl if kl_coef else 0)
     return (terms * mask).sum() / len(log_probs)
 
 
@@ -425,8 +424,9 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
-    attribution = reward(encode(rollouts))  # tau = d Phi(A(w, D)) / d w
-    _require(isinstance(attribution, Attribution), "reward must return an Attribution")
+    examples = encode(rollouts)
+    attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
+    _check_attribution(attribution, examples, rollouts)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
     tau = attribution.tau.to(written.mask.device)
@@ -549,7 +549,8 @@ def _back(run, k, z, g, after, adjoint):
 def _tangents(run, params, g, of_g):
     """tau_0 by one forward-mode pass: <g, of_g> is linear in w, its derivative by w_it the tangent
     of nll_it along of_g, over B L. None where a layer has no forward derivative, or not the one of
-    backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>. Held equal by test_15."""
+    backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>; nor where a w is 0 and that
+    sum could not tell. Held equal by test_15."""
     tokens, _, w = run.batches[0]
     try:
         with torch.no_grad(), forward_ad.dual_level():
@@ -558,7 +559,7 @@ def _tangents(run, params, g, of_g):
                    for *part, _ in _chunks(run.microbatch, *run.batches[0])]
     except NotImplementedError:
         return None
-    if any(x is None for x in tau):
+    if any(x is None for x in tau) or not w.all():
         return None
     tau = F.pad(torch.cat(tau), (1, 0)) / (tokens.numel() * run.crew.world)
     tau = tau if w.ndim == 2 else tau.sum(1)
@@ -653,8 +654,9 @@ def _logits(model, params, tokens):
     with sdpa_kernel(SDPBackend.MATH), _pure(model):  # fused kernels are differentiable only once
         out = torch.func.functional_call(model, params, (tokens,), options, tie_weights=False)
     logits = getattr(out, "logits", out)
-    _require(isinstance(logits, Tensor) and logits.ndim == 3, "model must return logits (N, L, V) "
-             f"or an object with .logits; {type(model).__name__} returned {_short(logits)}")
+    _require(isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape,
+             "model must return logits (N, L, V) or an object with .logits; from tokens "
+             f"{tuple(tokens.shape)} {type(model).__name__} made {_short(logits)}")
     return logits
 
 
@@ -669,6 +671,8 @@ def _next_token_log_probs(model, rollouts, temperature):
         options = _accepted(model, position_ids=_positions(mask)[:, new], past_key_values=known,
                             use_cache=False, logits_to_keep=length)
         logits = model(tokens[:, new], attention_mask=mask, **options).logits
+    _require(known is None or known.get_seq_length() == tokens.shape[1],
+             "model: its forward takes past_key_values, but does not hand them on")
     # `generate` samples from float32 logits, whatever the model's type.
     logits = logits[:, -length:].to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(logits / temperature, dim=2)
@@ -683,7 +687,7 @@ def _prefix(model, tokens, mask, length):
     """The keys and values of prompts but for their last token, computed once for all samples of
     one; differentiable. None where texts of `length` are no shorter, and little would be saved,
     and for a model with recurrent states. Held equal by test_12."""
-    if tokens.shape[1] <= length:
+    if tokens.shape[1] <= length or not _accepted(model, past_key_values=None):
         return None
     rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
     if len(rows) == len(tokens):
@@ -714,14 +718,14 @@ def _pure(model):
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         return [torch.get_rng_state(), *cuda], [b._version for b in model.buffers()]
 
-    (draws, buffers), name = state(), type(model).__name__
+    (draws, buffers), name = state(), f"a {type(model).__name__} (target, policy or reference)"
     yield
     drawn, changed = state()
     if not all(map(torch.equal, draws, drawn)):
         torch.set_rng_state(draws[0])
-        raise ValueError(f"model: {name} draws random numbers (dropout?); call model.eval()")
+        raise ValueError(f"model: {name} draws random numbers (dropout?); call its eval()")
     _require(changed == buffers, f"model: {name} changes its buffers (batch normalization?); call "
-             "model.eval()")
+             "its eval()")
 
 
 @contextlib.contextmanager
@@ -745,16 +749,23 @@ def _sampler(model, eos_token_id):
     eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     kept = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
+    # Layers that checkpoint their activations in training lose the cache, and would not say so.
+    cached = not any(m.training and getattr(m, "gradient_checkpointing", False)
+                     for m in model.modules())
+
+    def sample(tokens, mask, length, noise):
+        used, P = [], tokens.shape[1]
+        new = model.generate(tokens, attention_mask=mask, max_new_tokens=length, do_sample=False,
+                             logits_processor=[lambda *step: used.append(1) or noise(*step)],
+                             past_key_values=_prefix(model, tokens, mask, length))
+        _require(used and torch.equal(new[:, :P], tokens), "model: its generate must use the "
+                 "logits_processor, and return the prompts with what follows them")
+        return F.pad(new[:, P:], (0, P + length - new.shape[1]), value=(eos + [0])[0])
+
     try:
         for m, own in kept.items():
-            m.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=(eos + [0])[0])
-        def sample(tokens, mask, length, noise):
-            new = model.generate(tokens, attention_mask=mask, max_new_tokens=length,
-                                 do_sample=False, logits_processor=[noise],
-                                 past_key_values=_prefix(model, tokens, mask, length))
-            new = new[:, tokens.shape[1]:]
-            return F.pad(new, (0, length - new.shape[1]), value=(eos + [0])[0])
-
+            m.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=(eos + [0])[0],
+                                            use_cache=cached)
         with _pure(model):
             yield sample, eos
     finally:
@@ -910,8 +921,10 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     off = abs((tau * way).sum().item() - slope) / size
     changed = [k for k, x in state.items() if not torch.equal(x, before[k])]
     _require(not changed, f"model: {changed[:3]} changed in a call")
-    _require(bound <= tolerance, f"model: differences of Phi in {tau.dtype} are good to {bound:.0%}"
-             " of tau, and cannot tell; check copy.deepcopy(model).double()")
+    remedy = ("is tau 0 but for rounding? does the metric see what training changes?" if fine else
+              "check copy.deepcopy(model).double()")
+    _require(bound <= tolerance, f"model or metric: differences of Phi in {tau.dtype} are good to "
+             f"{bound:.0%} of tau, and cannot tell; {remedy}")
     _require(off <= bound, f"tau is off by {off:.1e} of its norm, the differences by {bound:.1e}: "
              "something in model or metric is detached, or is not smooth")
     return off
@@ -927,14 +940,20 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
     tokens, or depends on how it is called.
     """
     _check(locals())
-    seen, owner = [], [m for m in model.modules() if "generation_config" in vars(m)][-1]
-    hook = owner.register_forward_hook(lambda *call: seen.append(call[-1].logits[:, -1].float()))
-    try:
+    seen, own = [], model.generate
+
+    def listening(*given, logits_processor, **how):
+        noise, = logits_processor
+
+        def heard(ids, logits):  # to which the noise of a draw is added
+            seen.append(logits.float())
+            return noise(ids, logits)
+
+        return own(*given, logits_processor=[heard], **how)
+
+    with mock.patch.object(model, "generate", listening):
         rollouts = generate(model, prompts, samples=samples, max_new_tokens=max_new_tokens,
                             temperature=temperature, seed=seed)
-    finally:
-        hook.remove()
-    seen = [x for x in seen if len(x) == len(rollouts.tokens)]  # without that of `_prefix`
     seen += [torch.zeros_like(seen[0])] * (max_new_tokens - len(seen))  # all had ended
     drawn = (torch.stack(seen, 1) / temperature).log_softmax(2)  # (N, L_new, V)
     drawn, worst = drawn.gather(2, rollouts.tokens[..., None])[..., 0], 0.0
@@ -947,7 +966,7 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
             worst = max(worst, ((found - own) * part.mask).abs().max().item())
     _require(worst <= (1e-3 if next(model.parameters()).element_size() > 2 else 0.3),
              f"model: tokens were drawn with log-probabilities {worst:.2g} nats from those of "
-             "token_log_probs: does it see padding, or later tokens?")
+             "token_log_probs: does it see padding, or later tokens, or bend what it draws from?")
     return worst
 
 
@@ -958,7 +977,8 @@ class NotFinite(FloatingPointError, ValueError):
 def _phi(run, metric, params, losses):
     """Phi(A(w, D)) and d Phi / d parameters, after a run whose losses are finite."""
     for step, loss in enumerate(losses):
-        why = "it diverged; lower lr" if step else "the model itself gives no finite loss"
+        why = ("it diverged; lower lr, or raise eps" if step else
+               "the model itself gives no finite loss")
         _require(loss.isfinite(), f"the loss of step {step} of the inner run is {loss.item()}: "
                  + why, NotFinite)
     phi = metric(run.all | params)
@@ -973,6 +993,14 @@ def _phi(run, metric, params, losses):
              "metric does not depend on any parameter that training on the examples changes; does "
              "it run the model with those that it is given (torch.func.functional_call)?")
     return phi.detach(), _zeros(adjoint, params.values())
+
+
+def _check_attribution(found, examples, rollouts):
+    _require(isinstance(found, Attribution), "reward must return an Attribution")
+    rows = examples.tokens[:, 1:].to(rollouts.tokens.device)
+    _require(found.tau.ndim == 1 or rows.shape == rollouts.tokens.shape and (
+        (rows == rollouts.tokens) | (rollouts.mask == 0)).all(), "encode: where tau is per token "
+        "its rows must be a start token and then the tokens that were written")
 
 
 def _check_tau(run, tau):
@@ -1069,7 +1097,9 @@ class _Call(dict):
         kinds, config = {p.dtype for p in x.parameters()}, getattr(x, "config", None)
         if "examples" not in self:  # a policy
             return kinds and hasattr(x, "generation_config")
+        places = [p.data_ptr() for p in x.parameters() if p.numel()]
         return (kinds and kinds <= {torch.float32, torch.float64}
+                and len(set(places)) == len(places)  # else `functional_call` would untie them
                 and getattr(config, "_attn_implementation", None) in (None, "eager", "sdpa")
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
                 and not torch.is_inference_mode_enabled())
@@ -1130,8 +1160,8 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      {id(p) for part in x.param_groups for p in part["params"]}
      <= {id(p) for p in c["policy"].parameters()}),
     ("model", "a torch.nn.Module: a policy with transformers' generate; a target in float32 or "
-     'float64, its attn_implementation "sdpa" or "eager", outside of torch.autocast and '
-     "torch.inference_mode", _Call.model),
+     'float64, attn_implementation "sdpa" or "eager", its parameters each in a memory of its own '
+     "(tied: one Parameter), outside of torch.autocast and torch.inference_mode", _Call.model),
     ("policy", "a model with transformers' generate", _Call.model),
     ("reference?", "a model with transformers' generate, and a copy (copy.deepcopy) that the "
      "policy's update does not move", lambda c, x: c.model(x) and c.apart(x)),

@@ -812,7 +812,8 @@ def calls():
     ones, real = torch.ones(4, 3, dtype=int), 0.5 + torch.arange(12.0).view(4, 3) / 7
     policy, target, data = gpt2(), filled(Bare(), 0), batch(0)
     labels, wide = ones.index_fill(1, torch.tensor(0), 0), torch.ones(4, 5, dtype=int)
-    rollouts, fused = Rollouts(ones, ones, ones, ones), gpt2()
+    rollouts, fused, untied = Rollouts(ones, ones, ones, ones), gpt2(), filled(Bare(), 0)
+    untied.head.weight.data = untied.embed.weight.data
     fused.config._attn_implementation = "flash_attention_2"
     step = partial(dpg_step, policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
                    prompts=prompts_of([1], [2]), encode=partial(pytest.fail, "work was done"),
@@ -823,7 +824,7 @@ def calls():
             (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9]),
         partial(sft, target, data, SGD(0.1), weights=real[:, 0], steps=2, microbatch=1): dict(
             weights=[torch.ones(3), torch.ones(4, 4), real[:, 0] / 0], steps=[8],
-            model=[nn.ReLU(), gpt2().bfloat16(), fused, gpt2().requires_grad_(False)]),
+            model=[nn.ReLU(), gpt2().bfloat16(), fused, untied, gpt2().requires_grad_(False)]),
         partial(sft, policy, good := Examples(ones, labels), SGD(0.1)): dict(examples=[
             tuple(good), Examples(ones[0], ones[0]), Examples(ones[:0], labels[:0]),
             Examples(torch.ones(1, 10, dtype=int), torch.arange(10)[None] > 0),
@@ -1487,7 +1488,7 @@ def test_12_a_prompt_longer_than_its_texts_is_read_once(name, window):
     config = getattr(transformers, name + "Config")(
         vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=4, head_dim=4,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0,
-        eos_token_id=0, pad_token_id=0, **window)
+        eos_token_id=0, pad_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **window)
     policy = filled(transformers.AutoModelForCausalLM.from_config(config), 1, 0.3)
     prompts, rows = prompts_of([1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 3], [4]), []
     policy.register_forward_hook(lambda *call: rows.append(len(call[-1].logits)))
@@ -1502,6 +1503,9 @@ def test_12_a_prompt_longer_than_its_texts_is_read_once(name, window):
     for x in found, alone:  # their norms compute in float32
         slopes.append(vector(grad((x * randn(3, 12, 3)).sum(), list(policy.parameters()))))
     close(*slopes, 1e-10 if name == "GPT2" else 1e-5)
+    policy.train().gradient_checkpointing_enable()  # its layers drop their cache
+    again = generate(policy, prompts, samples=4, max_new_tokens=3, seed=0)
+    assert torch.equal(again.tokens, rollouts.tokens)
 
 
 def plain_step(policy, reward=partial(
@@ -1816,8 +1820,9 @@ def test_13_where_numbers_end(method):
             ("metric is nan", Bare(), lambda x: x.sum() * NAN, NotFinite),
             (r"example (0 .*step 0|\[0)", spare, lambda x: (0 * x.sum()).abs().sqrt(), NotFinite),
             ("model must return", altered(lambda model, tokens: (tokens,)), torch.sum, ValueError),
-            ("model must return", altered(lambda model, tokens: Bare.forward(model, tokens)[None]),
-             torch.sum, ValueError),
+            *(("model must return", altered(lambda model, tokens, turn=turn: turn(Bare.forward(
+                model, tokens))), torch.sum, ValueError)
+              for turn in (lambda logits: logits[None], lambda logits: logits.transpose(0, 1))),
             ("activation checkpointing", altered(lambda model, tokens: checkpoint(
                 partial(Bare.forward, model), tokens, use_reentrant=False)), torch.sum,
              RuntimeError)):
@@ -1843,6 +1848,9 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
         refused("tau|mask|discount", step, lambda _: Attribution(tau, 0.0, {}, tau))
     refused("reward must return", step, lambda _: torch.ones(2))
+    per_token = Attribution(torch.ones(2, 5), 0.0, {}, torch.ones(1))  # of text encoded anew
+    refused("encode: where tau is per token", step, lambda _: per_token, discount=0.5,
+            encode=lambda rollouts: rollouts._replace(tokens=rollouts.tokens + 1).examples(1))
     next(policy.parameters()).register_hook(lambda g: g * INF)
     refused("gradient of transformer.wte.weight", step, lambda _: Attribution(
         torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)), error=NotFinite)
@@ -1946,8 +1954,9 @@ def test_14_check_target_does_not_pass_what_it_cannot_tell():
     model = filled(Bare(), 0)
     assert checked(model, optimizer=SGD(1e-6)) < 0.01
     refused("double", checked, filled(Bare(), 0), torch.float32, optimizer=SGD(1e-6))
-    refused("nothing to compare", check_target, model, batch(0),
-            lambda p: 0 * p["head.weight"].sum(), SGD(0.1))
+    for why, metric in (("nothing to compare", lambda p: 0 * p["head.weight"].sum()),
+                        ("does the metric see", lambda p: p["head.weight"].sum())):
+        refused(why, check_target, model, batch(0), metric, SGD(0.1))  # of gradients that add to 0
     phi = lm_metric(model, batch(50))
     for unit in (1e-3, 1e3):
         how = model, batch(3), lambda p: unit * phi(p), SGD(0.1)
@@ -1962,13 +1971,13 @@ class Wrapper(nn.Module):
 
     generation_config = property(lambda self: self.model.generation_config)
 
-    def __init__(self, model):
+    def __init__(self, model, forward=None, sample=lambda own, *args, **how: own(*args, **how)):
         super().__init__()
-        self.model, self.forward = model, model.forward
+        self.model, self.forward, self.sample = model, forward or model.forward, sample
 
     def generate(self, *args, **kwargs):
         self.model.generation_config = self.generation_config
-        return self.model.generate(*args, **kwargs)
+        return self.sample(self.model.generate, *args, **kwargs)
 
 
 def test_14_check_policy_and_what_generate_sets():
@@ -1987,6 +1996,25 @@ def test_14_check_policy_and_what_generate_sets():
     kept, found = own.to_dict(), generate(policy, prompts, eos_token_id=0, **how)
     assert policy.generation_config is own and own.to_dict() == kept  # is set back
     assert torch.equal(found.tokens, generate(gpt2(), prompts, **how).tokens)
+
+
+def test_14_what_a_wrapper_keeps_from_its_model():
+    """The cache of a prompt, the noise, the prompt, its own bend: each is right, or refused."""
+    model, prompts, how = gpt2(), prompts_of([1, 2, 3, 1, 2], [3, 1, 3, 2, 2]), dict(
+        samples=3, max_new_tokens=3, seed=0)
+    rollouts = generate(model, prompts, **how)
+    plain = Wrapper(model, lambda input_ids, attention_mask, position_ids: model(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids))
+    assert torch.equal(generate(plain, prompts, **how).tokens, rollouts.tokens)
+    close(token_log_probs(plain, rollouts), token_log_probs(model, rollouts), 1e-12)
+    refused("hand them on", token_log_probs, Wrapper(
+        model, lambda tokens, past_key_values=None, **how: model(tokens)), rollouts)
+    for sample in (lambda own, *args, logits_processor, **how: own(*args, **how),
+                   lambda own, tokens, **how: own(tokens, **how)[:, tokens.shape[1]:]):
+        refused("its generate must use", generate, Wrapper(model, None, sample), prompts, **how)
+    refused("bend", check_policy, Wrapper(model, None, lambda own, *args, **how: own(
+        *args, repetition_penalty=3.0, **how)), prompts, max_new_tokens=3)
+    assert "generate" not in vars(model)
 
 
 def test_14_improbable_tokens_are_drawn():
@@ -2088,6 +2116,9 @@ def test_15_the_first_step_of_a_replay_is_that_of_the_unroll(hidden):
         if hidden == Doubled.apply:  # one pass over the first minibatch
             assert [n for n, *_ in Doubled.tangents] == [2] * (6 // steps)
         check_same(found, run())
+    run = partial(metagradient, model, batch(0), lm_metric(model, batch(9)), SGD(0.1),
+                  weights=torch.zeros(4, dtype=torch.float64))  # a sum over w tells nothing
+    close(run(method="replay").tau, run().tau, 1e-10)
 
 
 def test_15_rows_that_reach_no_trained_parameter():

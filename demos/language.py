@@ -26,7 +26,7 @@ from demos.run import Run
 NAMES = dict(de="German", es="Spanish", fr="French", it="Italian")
 INNER, SGD_LR = dpg.AdamW(1e-3, eps_root=1e-4), 0.1  # SGD diverges at 1
 # Trained at a temperature above 1 it is surer of its language at 1, where the scores are taken.
-STEPS, SETTINGS = 16, dict(prompts=64, lr=2e-3, discount=0.9, kl_coef=0.15, entropy_coef=0.0,
+STEPS, SETTINGS = 16, dict(prompts=64, lr=2e-3, discount=0.9, kl_coef=0.2, entropy_coef=0.0,
                            temperature=1.25)
 SCORED, WANTED = 128, 400  # held-out prompts of the scores, sentences in Phi
 SFT_STEPS, SFT_BATCH = 16, 64  # of the ordinary training that the perplexities are measured after
