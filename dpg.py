@@ -686,7 +686,7 @@ def _positions(mask):
 def _prefix(model, tokens, mask, length):
     """The keys and values of prompts but for their last token, computed once for all samples of
     one; differentiable. None where texts of `length` are no shorter, and little would be saved,
-    and for a model with recurrent states. Held equal by test_12."""
+    and for a model with recurrent states, or that takes no cache. Held equal by test_12."""
     if tokens.shape[1] <= length or not _accepted(model, past_key_values=None):
         return None
     rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
@@ -937,10 +937,10 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
     Compares the log-probability under which each token was drawn with that of `token_log_probs`,
     in the padded batch and for each prompt alone. Returns the largest difference in nats.
     ValueError where it is above 1e-3 (in half precision 0.3): the model sees padding or later
-    tokens, or depends on how it is called.
+    tokens, depends on how it is called, or draws from a distribution that its `generate` bends.
     """
     _check(locals())
-    seen, own = [], model.generate
+    seen, sample = [], model.generate
 
     def listening(*given, logits_processor, **how):
         noise, = logits_processor
@@ -949,7 +949,7 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
             seen.append(logits.float())
             return noise(ids, logits)
 
-        return own(*given, logits_processor=[heard], **how)
+        return sample(*given, logits_processor=[heard], **how)
 
     with mock.patch.object(model, "generate", listening):
         rollouts = generate(model, prompts, samples=samples, max_new_tokens=max_new_tokens,
