@@ -33,12 +33,13 @@ so small that every dataset of n texts is trained on: expectations are sums, not
     READMEs' tables                             the records of the runs
 12  the largest tensor over the vocabulary      one micro-batch's, a CPU cache's         exact
     two processes: tau, updated generator       one process                              1e-10
-    eight kinds of transformers models          central differences (float32 inside)     1e-3
+    eight kinds of transformers models; SmolLM2 central differences (float32 inside)     1e-3, 1e-2
     a run that was killed, resumed              the same run, not killed                 0
 13  malformed calls, drawn                      an error that names an argument, or finite numbers
     NaN, infinity; a full disk; hostile files   `NotFinite`; the last state; nothing executed
     two equal calls, on one and two threads     equal, no random state used              0
 14  check_target, check_policy                  right models pass; each wrong one is told why
+    policies in wrappers                        the model inside, or refused             1e-12
 15  the first step of a replay, forward-mode    unroll, also where a layer forbids it    1e-10
     TF32 set by the caller                      not in a run; set again after it         exact
 
