@@ -880,11 +880,10 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     Along a random direction of w (from `seed`) tau is held against fourth-order central differences
     of Phi(A(w, D)): 13 runs of `sft`, 2 of `metagradient`. Returns how far apart they are, in norms
     of tau; allowed is what the disagreement and the rounding of the differences explain, at least
-    1e-6 (in float32 2e-3). ValueError: they are farther apart (something is detached, not smooth, or
-    has a wrong second derivative in torch, as its weight_norm has); the differences cannot tell
+    1e-6 (in float32 2e-3). ValueError: they are farther apart (something is detached, not smooth,
+    or its second derivative is wrong in torch, as weight_norm's is); the differences cannot tell
     within `tolerance`; a label sees a later token, or another row; two equal calls differ; the
-    model was changed.
-    """
+    model was changed."""
     _check(locals())
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     before, taus = {k: x.detach().clone() for k, x in state.items()}, []
