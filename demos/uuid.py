@@ -33,7 +33,7 @@ T, INNER, SGD_LR = 8, dpg.AdamW(2e-3, eps_root=3e-4), 1.0
 # where it stays, every tenth answer is a sentence, where it goes, words come back as filling.
 # At a temperature above 1 a digit is still tried anew when its neighbours have settled; the scores
 # are taken at 1, where the generator is surer.
-SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.05, entropy_coef=0.0,
+SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.07, kl_left=0.15, entropy_coef=0.0,
                 temperature=1.25)
 
 
