@@ -881,7 +881,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     of Phi(A(w, D)): 13 runs of `sft`, 2 of `metagradient`. Returns how far apart they are, in norms
     of tau; allowed is what the disagreement and the rounding of the differences explain, at least
     1e-6 (in float32 2e-3). ValueError: they are farther apart (something is detached, not smooth,
-    or its second derivative is wrong in torch, as weight_norm's is); the differences cannot tell
+    or wrong twice differentiated, as torch 2.13's weight_norm is); the differences cannot tell
     within `tolerance`; a label sees a later token, or another row; two equal calls differ; the
     model was changed."""
     _check(locals())

@@ -1937,7 +1937,6 @@ def test_14_check_target_passes_what_is_right(model, seed, optimizer, per_token,
         (hidden := model.hidden(tokens)) / hidden.norm(dim=-1, keepdim=True).detach()))),
     ("draws random numbers", altered(lambda model, tokens: Bare.forward(model, tokens) * (
         not model.training or torch.rand(()) < 0.999)).train()),  # as LayerDrop, and routers
-    ("tau is off", altered(head=nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))),  # torch's
     ("later tokens", altered(lambda model, tokens: model.head((
         model.embed(tokens).cumsum(1) + 0.1 * model.embed(tokens.roll(-1, 1))).tanh()))),
     ("later tokens", bert()),
