@@ -68,13 +68,14 @@ def draw(folder, path):
     figure = figures.figure(3.4, "Training on the generator's text shrinks the target's LM head")
     axes = figure.subplots(1, len(check.MULTIPLES), sharey=True)
     for axis, m in zip(axes, check.MULTIPLES):
-        for key, label, colour, side in (
-                (f"norm_control_{m}x", "control: untrained generator", figures.GREY, "bottom"),
-                (f"norm_{m}x", "trained generator", figures.BLUE, "top")):
+        for key, label, colour, edge, side in (
+                (f"norm_control_{m}x", "control: untrained generator", figures.GREY, max,
+                 "bottom"),
+                (f"norm_{m}x", "trained generator", figures.BLUE, min, "top")):
             change = [0] + [100 * (row[key] / result["norm_before"] - 1) for row in validation]
             axis.plot(change, color=colour, label=label)
-            axis.text(len(validation), change[-1], f"{change[-1]:.2f} %", color=colour,
-                      ha="right", va=side)
+            axis.text(len(validation), edge(change[-30:]), f"{change[-1]:.2f} %", color=colour,
+                      ha="right", va=side)  # beside the curve, that far back
         axis.set(title=f"learning rate x {m}", xlabel="step of plain AdamW")
     axes[0].set_ylabel("change of the norm, %")
     axes[0].margins(y=0.15)
