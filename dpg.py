@@ -58,11 +58,9 @@ import functools
 import inspect
 import math
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -71,7 +69,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
 Metric = Callable[[Params], Tensor]  # runs a model by torch.func.functional_call(model, params, x)
@@ -196,17 +193,13 @@ def _loss(model, params, examples, weights, B):
     return (w * nll).sum() / (B * examples.tokens.shape[1])
 
 
-def lm_metric(model: nn.Module, examples: Examples, *, microbatch: int | None = None) -> Metric:
-    """A metric: the mean log-likelihood per label token of `examples`, in nats (sections 4.4, 4.5).
-    `microbatch` bounds the rows whose logits exist at once."""
+def lm_metric(model: nn.Module, examples: Examples) -> Metric:
+    """A metric: the mean log-likelihood per label token of `examples`, nats (sections 4.4, 4.5)."""
     _check(locals())
 
     def metric(params: Params) -> Tensor:
-        def nll(*part):
-            return _nll(model, params, Examples(*part)).sum()
-        again = functools.partial(checkpoint, nll, use_reentrant=False) if microbatch else nll
-        total = sum(again(*part) for part in _chunks(microbatch, *examples))
-        return -total / examples.mask.count_nonzero()
+        parts = (_nll(model, params, Examples(*part)).sum() for part in _chunks(None, *examples))
+        return -sum(parts) / examples.mask.count_nonzero()
 
     return metric
 
@@ -286,16 +279,8 @@ def generate(model: nn.Module, prompts, *, samples: int, max_new_tokens: int,
     sequence. So what is written for it does not depend (but for rounding) on the other prompts or
     on `microbatch`, the rows computed at once, at least one prompt's. No global state is used."""
     _check(locals())
-    (tokens, mask), written = _pair(prompts), []
-    seeds, rows = _seeds(seed, len(tokens)), max(1, (microbatch or 2**63) // samples)
-    tokens, mask = (x.long().repeat_interleave(samples, 0) for x in (tokens, mask))  # (N, P)
-    with _sampler(model, eos_token_id) as (sample, eos):
-        for i, (some, known) in enumerate(_chunks(rows * samples, tokens, mask)):
-            noise = _gumbel(temperature, samples, seeds[i * rows:][:rows], tokens.device)
-            written.append(sample(some, known, max_new_tokens, noise))  # Gumbel-max
-    new = torch.cat(written)  # (N, L_new)
-    ended = torch.isin(new, new.new_tensor(eos)).long()
-    return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long())
+    return _rollouts(model, prompts, samples, max_new_tokens, temperature, seed, eos_token_id,
+                     microbatch)[0]
 
 
 class TokenLogProbs(NamedTuple):
@@ -506,9 +491,7 @@ def _replay(run, metric, every, offload):
     Beyond the states memory does not grow with T, nor, with `microbatch` set, with N; each step
     costs one more forward and backward pass. A state with its g, 4 times the parameters with AdamW,
     is stored every `every` steps. From 2 on, or with offload, which stores in host memory, what is
-    between is computed again: one more pass, T / every + every states. Held equal to its twin,
-    `_unroll`, by test_3 and test_12.
-    """
+    between is computed again: one more pass, T / every + every states."""
     device, last = run.weights.device, (run.T - 1) // every * every
     starts, kept, losses, taus = {}, {}, [], []  # of stretches; of steps, with the update's graph
     for k, (z, g, loss, after) in enumerate(_train(run, run.z0, range(run.T), "update")):
@@ -550,7 +533,7 @@ def _tangents(run, params, g, of_g):
     """tau_0 by one forward-mode pass: <g, of_g> is linear in w, its derivative by w_it the tangent
     of nll_it along of_g, over B L. None where a layer has no forward derivative, or not the one of
     backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>; nor where a w is 0 and that
-    sum could not tell. Held equal by test_15."""
+    sum could not tell."""
     tokens, _, w = run.batches[0]
     try:
         with torch.no_grad(), forward_ad.dual_level():
@@ -583,8 +566,6 @@ class _AdamRatio(torch.autograd.Function):
     def backward(ctx, adjoint):
         m, v = ctx.saved_tensors
         root = (v + ctx.a).sqrt_()
-        _require(ctx.a > 0 or (root > 0).all(), "eps_root = 0, but the gradient of a coordinate is "
-                 "exactly 0, where Adam has no derivative; set eps_root > 0")
         of_m = adjoint / (root + ctx.b)
         of_v = (of_m * m).div_((root + ctx.b).mul_(root)).mul_(-0.5)
         return of_m, of_v, None, None
@@ -660,54 +641,117 @@ def _logits(model, params, tokens):
     return logits
 
 
-def _next_token_log_probs(model, rollouts, temperature):
-    """log pi of every token of the vocabulary at each place of the rollouts, (N, L_new, V)."""
-    tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)[:, :-1]
-    mask = torch.cat([rollouts.prompt_mask.long(), torch.ones_like(rollouts.tokens)], 1)[:, :-1]
-    length = rollouts.tokens.shape[1]
-    with _pure(model):
-        known = _prefix(model, *rollouts[:2], length)
-        new = slice(0 if known is None else rollouts.prompt_tokens.shape[1] - 1, None)
-        options = _accepted(model, position_ids=_positions(mask)[:, new], past_key_values=known,
-                            use_cache=False, logits_to_keep=length)
-        logits = model(tokens[:, new], attention_mask=mask, **options).logits
-    _require(known is None or known.get_seq_length() == tokens.shape[1],
-             "model: its forward takes past_key_values, but does not hand them on")
-    # `generate` samples from float32 logits, whatever the model's type.
-    logits = logits[:, -length:].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(logits / temperature, dim=2)
-
-
-def _positions(mask):
-    """Padding is on the left: places count from a prompt's first real token, as in `generate`."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _prefix(model, tokens, mask, length):
-    """The keys and values of prompts but for their last token, computed once for all samples of
-    one; differentiable. None where texts of `length` are no shorter, and little would be saved,
-    and for a model with recurrent states, or that takes no cache. Held equal by test_12."""
-    if tokens.shape[1] <= length or not _accepted(model, past_key_values=None):
-        return None
-    rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
-    if len(rows) == len(tokens):
-        return None
-    tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
-    options = _accepted(model, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
-    cache = getattr(model(tokens, attention_mask=mask, **options), "past_key_values", None)
-    layers = getattr(cache, "layers", [None])
-    if not (all(getattr(layer, "is_croppable", False) for layer in layers)
-            and cache.get_seq_length() == tokens.shape[1]):  # more, where a wrapper adds its own
-        return None
-    cache.reorder_cache(of)
-    return cache
-
-
 def _accepted(model, **options):
     """Those of the options that the model's forward takes."""
     known = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())  # as wrappers do
     return {k: v for k, v in options.items() if takes_all or k in known}
+
+
+def _pair(prompts):
+    """Token ids and attention mask, from a pair or by the tokenizer's names."""
+    named = isinstance(prompts, Mapping)
+    return (prompts["input_ids"], prompts["attention_mask"]) if named else tuple(prompts)
+
+
+def _seeds(seed, n):
+    """A seed for each of n prompts: hashed, since streams of neighbouring seeds may be alike."""
+    return seed if isinstance(seed, (list, tuple)) else [
+        random.Random(f"{seed} {place}").getrandbits(63) for place in range(n)]
+
+
+def _rollouts(model, prompts, samples, length, temperature, seed, eos=None, microbatch=None):
+    """What `generate` returns, and the log-probability under which each token was drawn."""
+    eos = model.generation_config.eos_token_id if eos is None else eos
+    tokens, mask = (x.long().repeat_interleave(samples, 0) for x in _pair(prompts))  # (N, P)
+    eos = tokens.new_tensor([] if eos is None else eos).view(-1)
+    streams = [torch.Generator(tokens.device).manual_seed(s)
+               for s in _seeds(seed, len(tokens) // samples)]
+    rows = max(1, (microbatch or len(tokens)) // samples)
+    with _pure(model):
+        parts = [_sample(model, *part, length, temperature, streams[i * rows:][:rows], eos)
+                 for i, part in enumerate(_chunks(rows * samples, tokens, mask))]
+    new, log_pi = map(torch.cat, zip(*parts))  # (N, L_new)
+    ended = torch.isin(new, eos).long()
+    return Rollouts(tokens, mask, new, (ended.cumsum(1) - ended == 0).long()), log_pi
+
+
+def _sample(model, tokens, mask, length, temperature, streams, eos):
+    """Texts (rows, length) for these prompts, a stream for the adjacent samples of each.
+
+    Of softmax(logits / temperature) argmax_j (logit_j / temperature - log e_j) is a sample, where
+    the e_j are exponential (Gumbel-max)."""
+    new, P = F.pad(eos, (0, 1))[:1].repeat(len(tokens), length), tokens.shape[1]
+    tokens, mask = torch.cat([tokens, new], 1), F.pad(mask, (0, length), value=1)
+    log_pi, ended = torch.zeros(new.shape, device=new.device), new[:, 0] < 0
+    cache = _prefix(model, tokens[:, :P], mask[:, :P], length)
+    for t in range(P, P + length):
+        logits, cache = _read(model, tokens[:, :t], mask[:, :t], 1, cache)
+        logits = logits[:, 0] / (temperature or 1)  # (rows, V)
+        _require(not logits.isnan().any(), "model: its logits are NaN; eager attention in float64 "
+                 'gives that with padding on the left: load it with attn_implementation="sdpa"',
+                 NotFinite)
+        chosen = logits - _exponential(streams, logits).log_() if temperature else logits
+        tokens[:, t] = torch.where(ended, tokens[:, t], chosen.argmax(1))
+        log_pi[:, t - P] = logits.log_softmax(1).gather(1, tokens[:, t:t + 1])[:, 0]
+        ended |= torch.isin(tokens[:, t], eos)
+        if ended.all():
+            break
+    return tokens[:, P:], log_pi
+
+
+def _exponential(streams, like):
+    """Exponential random numbers, (rows, V)."""
+    uniform = torch.empty(len(like), 2, like.shape[1], device=like.device, dtype=torch.float32)
+    for rows, stream in zip(uniform.chunk(len(streams)), streams, strict=True):
+        rows.uniform_(generator=stream)
+    # A float32 has 24 random bits; with as many more no token is too improbable to be drawn.
+    coarse, fine = uniform.unbind(1)
+    return fine.mul_(2.0**-24).add_(coarse).neg_().log1p_().neg_()
+
+
+def _next_token_log_probs(model, rollouts, temperature):
+    """log pi of every token of the vocabulary at each place of the rollouts, (N, L_new, V)."""
+    prompts, mask, new, _ = rollouts
+    tokens, length = torch.cat([prompts, new], 1)[:, :-1], new.shape[1]
+    with _pure(model):
+        cache = _prefix(model, prompts, mask, length)
+        mask = F.pad(mask.long(), (0, length - 1), value=1)
+        logits, _ = _read(model, tokens, mask, length, cache, use_cache=False)
+    return F.log_softmax(logits / temperature, dim=2)
+
+
+def _read(model, tokens, mask, keep, cache=None, use_cache=True):
+    """A policy's logits after each of the last `keep` tokens, (rows, keep, V), and its cache, where
+    it has one of all that it read. What is in the `cache` given is not read again."""
+    # Padding is on the left: places count from a prompt's first real token.
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    new = slice(0 if cache is None else cache.get_seq_length(), None)
+    options = _accepted(model, position_ids=places[:, new], past_key_values=cache,
+                        use_cache=use_cache, logits_to_keep=keep)
+    out = model(tokens[:, new], attention_mask=mask, **options)
+    _require(cache is None or cache.get_seq_length() == tokens.shape[1],
+             "model: its forward takes past_key_values, but does not hand them on")
+    cache = getattr(out, "past_key_values", None) if "past_key_values" in options else None
+    whole = getattr(cache, "get_seq_length", int)() == tokens.shape[1]  # a wrapper may add its own
+    logits = out.logits[:, -keep:]  # drawn from in float32, whatever the model's type
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache if whole else None
+
+
+def _prefix(model, tokens, mask, length):
+    """The keys and values of prompts but for their last token, computed once for all samples of
+    one; differentiable. None where texts of `length` are no shorter, and little would be saved,
+    and where a model keeps no such cache (recurrent states). Held equal by test_12."""
+    rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
+    if tokens.shape[1] <= length or len(rows) == len(tokens):
+        return None
+    tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
+    cache = _read(model, tokens, mask, 1)[1]
+    layers = getattr(cache, "layers", [None])
+    if not all(getattr(layer, "is_croppable", False) for layer in layers):
+        return None
+    cache.reorder_cache(of)
+    return cache
 
 
 @contextlib.contextmanager
@@ -718,14 +762,14 @@ def _pure(model):
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         return [torch.get_rng_state(), *cuda], [b._version for b in model.buffers()]
 
-    (draws, buffers), name = state(), f"a {type(model).__name__} (target, policy or reference)"
+    draws, buffers = state()
     yield
     drawn, changed = state()
-    if not all(map(torch.equal, draws, drawn)):
-        torch.set_rng_state(draws[0])
-        raise ValueError(f"model: {name} draws random numbers (dropout?); call its eval()")
-    _require(changed == buffers, f"model: {name} changes its buffers (batch normalization?); call "
-             "its eval()")
+    still = all(map(torch.equal, draws, drawn))
+    torch.set_rng_state(draws[0])
+    _require(still and changed == buffers, f"model: a {type(model).__name__} (target, policy or "
+             "reference) draws random numbers (dropout?) or changes its buffers (batch "
+             "normalization?); call its eval()")
 
 
 @contextlib.contextmanager
@@ -739,66 +783,6 @@ def _full_precision():
     finally:
         for x, own in kept.items():
             x.fp32_precision = own
-
-
-@contextlib.contextmanager
-def _sampler(model, eos_token_id):
-    """The model's `generate`, and the ids that end a text. A hub model's generation config may bend
-    its distribution, and transformers merges it into any that is given: in here each part of the
-    model that has one (also what a wrapper wraps) has a plain one."""
-    eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    kept = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
-    # Layers that checkpoint their activations in training lose the cache, and would not say so.
-    cached = not any(m.training and getattr(m, "gradient_checkpointing", False)
-                     for m in model.modules())
-
-    def sample(tokens, mask, length, noise):
-        used, P = [], tokens.shape[1]
-        new = model.generate(tokens, attention_mask=mask, max_new_tokens=length, do_sample=False,
-                             logits_processor=[lambda *step: used.append(1) or noise(*step)],
-                             past_key_values=_prefix(model, tokens, mask, length))
-        _require(used and torch.equal(new[:, :P], tokens), "model: its generate must use the "
-                 "logits_processor, and return the prompts with what follows them")
-        return F.pad(new[:, P:], (0, P + length - new.shape[1]), value=(eos + [0])[0])
-
-    try:
-        for m, own in kept.items():
-            m.generation_config = type(own)(eos_token_id=eos or None, pad_token_id=(eos + [0])[0],
-                                            use_cache=cached)
-        with _pure(model):
-            yield sample, eos
-    finally:
-        for m, own in kept.items():
-            m.generation_config = own
-
-
-def _seeds(seed, n):
-    """A seed for each of n prompts: hashed, since streams of neighbouring seeds may be alike."""
-    return seed if isinstance(seed, (list, tuple)) else [
-        random.Random(f"{seed} {place}").getrandbits(63) for place in range(n)]
-
-
-def _gumbel(temperature, samples, seeds, device):
-    """Turns the choice of the largest logit into a sample from softmax(logits / temperature):
-    argmax_j (logit_j / temperature - log e_j), where the e_j are exponential (Gumbel-max)."""
-    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def perturbed(_, logits):  # (rows, V)
-        _require(not logits.isnan().any(), "model: its logits are NaN; eager attention in float64 "
-                 'gives that with padding on the left: load it with attn_implementation="sdpa"',
-                 NotFinite)
-        if temperature == 0:
-            return logits
-        uniform = torch.empty(len(logits), 2, logits.shape[1], device=device, dtype=torch.float32)
-        for rows, stream in zip(uniform.split(samples), streams, strict=True):
-            rows.uniform_(generator=stream)
-        # A float32 has 24 random bits; with as many more no token is too improbable to be drawn.
-        coarse, fine = uniform.unbind(1)
-        exponential = fine.mul_(2.0**-24).add_(coarse).neg_().log1p_().neg_()
-        return logits / temperature - exponential.log_()
-
-    return perturbed
 
 
 class _Processes:
@@ -844,20 +828,14 @@ class _Processes:
 
 def _update(policy, optimizer, crew):
     """A step of the policy's optimizer, with the gradients of all processes; all stop, or none."""
-    reached, coarse = crew.everyones([p.grad is not None for p in policy.parameters()]), []
+    reached = crew.everyones([p.grad is not None for p in policy.parameters()])
     for (name, p), *somewhere in zip(policy.named_parameters(), *reached, strict=True):
         if any(somewhere):
             p.grad, = crew.sum([torch.zeros_like(p) if p.grad is None else p.grad])
             _require(p.grad.isfinite().all(), f"policy: the gradient of {name} is not finite, its "
                      "training diverged (lower the rate of policy_optimizer); nothing was changed",
                      NotFinite)
-            coarse += [(p, p.detach().clone())] if p.element_size() < 4 else []
     optimizer.step()
-    moved = [((p != before) & (p.grad != 0)).sum() / (p.grad != 0).sum() for p, before in coarse]
-    if sum(moved) < 0.5 * len(moved):
-        warnings.warn(f"policy: {sum(moved) / len(moved):.0%} of its {coarse[0][0].dtype} weights "
-                      "moved, the step is below their spacing: keep them in float32, or raise the "
-                      "rate of policy_optimizer", stacklevel=3)
 
 
 # ============================================================================== room 3: the checks
@@ -916,20 +894,19 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     h = min(max(3e3 * noise / size, 1e-6), 0.2)  # small, for there may be kinks, but not too small
     far, near, nearest = ((phi(x) - phi(-x)) / (2 * x) for x in (h, h / 4, h / 16))
     rough, slope = (16 * near - far) / 15, (16 * nearest - near) / 15  # of fourth order
-    doubt = abs(rough - slope) + 16 / h * noise
-    bound = max(2 * doubt / size, 1e-6 if fine else 2e-3)
+    bound = max(2 * (abs(rough - slope) + 16 / h * noise) / size, 1e-6 if fine else 2e-3)
     off = abs((tau * way).sum().item() - slope) / size
     changed = [k for k, x in state.items() if not torch.equal(x, before[k])]
     _require(not changed, f"model: {changed[:3]} changed in a call")
-    remedy = ("is tau 0 but for rounding? does the metric see what training changes?" if fine else
-              "check copy.deepcopy(model).double()")
     _require(bound <= tolerance, f"model or metric: differences of Phi in {tau.dtype} are good to "
-             f"{bound:.0%} of tau, and cannot tell; {remedy}")
+             f"{bound:.0%} of tau, and cannot tell; does the metric see what training changes? in "
+             "float32 check copy.deepcopy(model).double()")
     _require(off <= bound, f"tau is off by {off:.1e} of its norm, the differences by {bound:.1e}: "
              "something in model or metric is detached, or is not smooth")
     return off
 
 
+@torch.no_grad()
 def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int = 2,
                  temperature: float = 1.0, seed: int = 0) -> float:
     """Whether `token_log_probs` are those that `generate` draws from: before a long run.
@@ -937,36 +914,19 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
     Compares the log-probability under which each token was drawn with that of `token_log_probs`,
     in the padded batch and for each prompt alone. Returns the largest difference in nats.
     ValueError where it is above 1e-3 (in half precision 0.3): the model sees padding or later
-    tokens, depends on how it is called, or draws from a distribution that its `generate` bends.
-    """
+    tokens, or depends on how it is called."""
     _check(locals())
-    seen, sample = [], model.generate
-
-    def listening(*given, logits_processor, **how):
-        noise, = logits_processor
-
-        def heard(ids, logits):  # to which the noise of a draw is added
-            seen.append(logits.float())
-            return noise(ids, logits)
-
-        return sample(*given, logits_processor=[heard], **how)
-
-    with mock.patch.object(model, "generate", listening):
-        rollouts = generate(model, prompts, samples=samples, max_new_tokens=max_new_tokens,
-                            temperature=temperature, seed=seed)
-    seen += [torch.zeros_like(seen[0])] * (max_new_tokens - len(seen))  # all had ended
-    drawn = (torch.stack(seen, 1) / temperature).log_softmax(2)  # (N, L_new, V)
-    drawn, worst = drawn.gather(2, rollouts.tokens[..., None])[..., 0], 0.0
+    rollouts, drawn = _rollouts(model, prompts, samples, max_new_tokens, temperature, seed)
+    worst = 0.0
     for n in (len(drawn), samples):
         for *part, own in _chunks(n, *rollouts, drawn):
             pad = int((part[1] == 0).sum(1).min())
             part = Rollouts(part[0][:, pad:], part[1][:, pad:], *part[2:])
-            with torch.no_grad():
-                found = token_log_probs(model, part, temperature=temperature)
+            found = token_log_probs(model, part, temperature=temperature)
             worst = max(worst, ((found - own) * part.mask).abs().max().item())
     _require(worst <= (1e-3 if next(model.parameters()).element_size() > 2 else 0.3),
              f"model: tokens were drawn with log-probabilities {worst:.2g} nats from those of "
-             "token_log_probs: does it see padding, or later tokens, or bend what it draws from?")
+             "token_log_probs: does it see padding, or later tokens?")
     return worst
 
 
@@ -977,8 +937,7 @@ class NotFinite(FloatingPointError, ValueError):
 def _phi(run, metric, params, losses):
     """Phi(A(w, D)) and d Phi / d parameters, after a run whose losses are finite."""
     for step, loss in enumerate(losses):
-        why = ("it diverged; lower lr, or raise eps" if step else
-               "the model itself gives no finite loss")
+        why = "lower lr, or raise eps" if step else "the model itself gives no finite loss"
         _require(loss.isfinite(), f"the loss of step {step} of the inner run is {loss.item()}: "
                  + why, NotFinite)
     phi = metric(run.all | params)
@@ -988,11 +947,16 @@ def _phi(run, metric, params, losses):
     _require(phi.isfinite(), f"metric is {phi.item()} after the last step of the inner run; is it "
              "defined for these parameters? Otherwise lower lr", NotFinite)
     adjoint = torch.autograd.grad(phi.sum(), list(params.values()), allow_unused=True)
-    reads = {k for k, a in zip(params, adjoint) if a is not None}
-    _require(any(run.crew.everyones(bool(reads & run.reached))),
-             "metric does not depend on any parameter that training on the examples changes; does "
-             "it run the model with those that it is given (torch.func.functional_call)?")
+    reads = run.reached & {k for k, a in zip(params, adjoint) if a is not None}
+    _require(any(run.crew.everyones(bool(reads))), "metric does not depend on any parameter that "
+             "training on the examples changes; does it run the model with those it is given?")
     return phi.detach(), _zeros(adjoint, params.values())
+
+
+def _check_tau(run, tau):
+    bad = sum(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist()), [])
+    _require(not bad, f"tau of example {bad} is not finite: lower lr, or raise eps_root (at 0 Adam "
+             "has no derivative where a gradient is 0)", NotFinite)
 
 
 def _check_attribution(found, examples, rollouts):
@@ -1001,12 +965,6 @@ def _check_attribution(found, examples, rollouts):
     _require(found.tau.ndim == 1 or rows.shape == rollouts.tokens.shape and (
         (rows == rollouts.tokens) | (rollouts.mask == 0)).all(), "encode: where tau is per token "
         "its rows must be a start token and then the tokens that were written")
-
-
-def _check_tau(run, tau):
-    bad = sum(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist()), [])
-    _require(not bad, f"tau of example {bad} is not finite, it overflows in the inner run: lower "
-             "lr or raise eps_root", NotFinite)
 
 
 def _require(condition, message, error=ValueError):
@@ -1030,12 +988,6 @@ def _check(given):
         if not fits:
             sizes = "".join(f", {c} = {n}" for c, n in call.items() if c[0].isupper())
             raise ValueError(f"{name} must be {what}; got {_short(x)}{sizes}") from why
-
-
-def _pair(prompts):
-    """Token ids and attention mask, from a pair or by the tokenizer's names."""
-    named = isinstance(prompts, Mapping)
-    return (prompts["input_ids"], prompts["attention_mask"]) if named else tuple(prompts)
 
 
 def _real(x):
@@ -1078,29 +1030,16 @@ class _Call(dict):
         return (self.texts(tokens, mask, f"{rows} P") and mask[:, -1].all()
                 and (mask.long().diff(dim=1) >= 0).all())
 
-    def rollouts(self, x):
-        return (isinstance(x, Rollouts) and self.prompts(x[:2], "N")
-                and self.texts(*x[2:], "N L_new") and self["P"] + self["L_new"] - 1 <= self.places)
-
-    def examples(self, x):
-        # torch drops the gradient of an embedding's padding_idx. Where the head has the same weight
-        # that row moves all the same, and tau would miss what it does as an input.
-        owners = [id(p) for _, p in self["model"].named_parameters(remove_duplicate=False)]
-        inputs = x.tokens[:, :-1][(x.mask[:, 1:].flip(1).cumsum(1) > 0).flip(1)]
-        return (isinstance(x, Examples) and self.texts(*x, "N L") and self["L"] - 1 <= self.places
-                and not x.mask[:, 0].any() and not any(
-                    owners.count(id(m.weight)) > 1 and (inputs == m.padding_idx).any()
-                    for m in self["model"].modules()
-                    if isinstance(m, nn.Embedding) and m.padding_idx is not None))
-
-    def model(self, x):
-        kinds, config = {p.dtype for p in x.parameters()}, getattr(x, "config", None)
-        if "examples" not in self:  # a policy
-            return kinds and hasattr(x, "generation_config")
+    def target(self, x):
         places = [p.data_ptr() for p in x.parameters() if p.numel()]
-        return (kinds and kinds <= {torch.float32, torch.float64}
-                and len(set(places)) == len(places)  # else `functional_call` would untie them
-                and getattr(config, "_attn_implementation", None) in (None, "eager", "sdpa")
+        owners = [id(p) for _, p in x.named_parameters(remove_duplicate=False)]
+        return ({p.dtype for p in x.parameters()} <= {torch.float32, torch.float64}
+                and len(set(places)) == len(places) > 0  # else `functional_call` would untie them
+                # torch drops the gradient of a padding row, but not where a head is the same weight
+                and not any(getattr(m, "padding_idx", None) is not None
+                            and owners.count(id(m.weight)) > 1 for m in x.modules())
+                and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
+                    None, "eager", "sdpa")
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
                 and not torch.is_inference_mode_enabled())
 
@@ -1111,16 +1050,12 @@ class _Call(dict):
         return not isinstance(x, nn.Module) or {id(p) for p in moved if p.requires_grad}.isdisjoint(
             map(id, x.parameters()))
 
-    def discount(self, x):
-        per_token = getattr(self.get("reward"), "keywords", {}).get("per_token")  # of a partial
-        per_token = self["tau"].ndim == 2 if "tau" in self else per_token
-        return (x is None or _real(x) and 0 <= x <= 1) and per_token in (None, x is not None)
-
     def group(self, x):
         crew, shape = _Processes(x), (self.get("N"), self.get("L"))
         return self.get("P_n", 0) % crew.world == 0 and len(set(crew.everyones(shape))) == 1
 
 
+_POLICY = "a model with a generation_config, as transformers' have"
 _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in the call c
     ("lr tolerance", "a number above 0", lambda c, x: _real(x) and x > 0),
     ("eps eps_root weight_decay", "a number, at least 0", lambda c, x: _real(x) and x >= 0),
@@ -1132,8 +1067,9 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("entropy", 0) is not None)),
     ("kl_coef", "a number, at least 0; above 0 it needs kl, in `dpg_step` a reference",
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("kl", c.get("reference")) is not None)),
-    ("discount", "in [0, 1] where tau is per token (per_token=True), None where it is per example",
-     _Call.discount),
+    ("discount", "in [0, 1] where tau is per token, None where it is per example",
+     lambda c, x: (x is None) == (c["tau"].ndim == 1 if "tau" in c else x is None)
+     and (x is None or _real(x) and 0 <= x <= 1)),
     ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
     ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
      and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
@@ -1159,22 +1095,26 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters", lambda c, x:
      {id(p) for part in x.param_groups for p in part["params"]}
      <= {id(p) for p in c["policy"].parameters()}),
-    ("model", "a torch.nn.Module: a policy with transformers' generate; a target in float32 or "
-     'float64, attn_implementation "sdpa" or "eager", its parameters each in a memory of its own '
-     "(tied: one Parameter), outside of torch.autocast and torch.inference_mode", _Call.model),
-    ("policy", "a model with transformers' generate", _Call.model),
-    ("reference?", "a model with transformers' generate, and a copy (copy.deepcopy) that the "
-     "policy's update does not move", lambda c, x: c.model(x) and c.apart(x)),
+    ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
+     '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
+     "with a padding_idx), outside of torch.autocast and torch.inference_mode; a policy "
+     + _POLICY, lambda c, x: c.target(x) if "examples" in c else x.generation_config),
+    ("policy", _POLICY, lambda c, x: x.generation_config),
+    ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
+     lambda c, x: x.generation_config and c.apart(x)),
     ("group?", "a process group: examples of one shape on all its processes, a number of prompts "
      "that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"
-     " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there); no "
-     "input the padding_idx of an embedding tied to the head (set it to None)", _Call.examples),
+     " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there)",
+     lambda c, x: isinstance(x, Examples) and c.texts(*x, "N L") and c["L"] - 1 <= c.places
+     and not x.mask[:, 0].any()),
     ("prompts", "int64 token ids in the model's vocabulary and an attention mask, padded on the "
      'left: a pair, or tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")',
      _Call.prompts),
     ("rollouts", "Rollouts: prompts padded on the left, int64 tokens in the model's vocabulary and "
-     "places, a mask of 0 and 1 with a label in each row", _Call.rollouts),
+     "places, a mask of 0 and 1 with a label in each row", lambda c, x:
+     isinstance(x, Rollouts) and c.prompts(x[:2], "N") and c.texts(*x[2:], "N L_new")
+     and c["P"] + c["L_new"] - 1 <= c.places),
     ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
      lambda c, x: c.mask(x, "N L_new" if "L_new" in c else "N L_new or N")),
     ("tau advantages", "finite, (N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),

@@ -327,8 +327,7 @@ def test_3_replay_is_unroll_and_pieces_make_the_whole(model, seed, optimizer, st
     constant.requires_grad = not frozen
     run = partial(metagradient, model, data, optimizer=optimizer, steps=steps, per_token=per_token)
     whole = run(metric=lm_metric(model, wanted))
-    run = partial(run, metric=lm_metric(model, wanted, microbatch=microbatch),
-                  microbatch=microbatch)
+    run = partial(run, metric=lm_metric(model, wanted), microbatch=microbatch)
     for found in run(), run(method="replay", checkpoint_every=every, offload=offload):
         check_same(found, whole)
         assert list(found.params) == [k for k, _ in model.named_parameters()]
@@ -837,8 +836,7 @@ def calls():
             metric=[lambda params: torch.ones(()), lambda params: params["head.weight"]]),
         partial(metagradient, target, data, LIKELIHOOD, SGD(0.1), steps=2, per_token=True,
                 method="replay", microbatch=1, checkpoint_every=2): dict(weights=[torch.ones(4)]),
-        partial(lambda model, examples, microbatch: lm_metric(
-            model, examples, microbatch=microbatch)(start(model)), policy, data, microbatch=2): {},
+        partial(lambda model, examples: lm_metric(model, examples)(start(model)), policy, data): {},
         partial(generate, policy, (ones, ones), samples=2, max_new_tokens=2, temperature=0.5,
                 seed=0, microbatch=2): dict(
             max_new_tokens=[7], seed=[[1] * 3, [1] * 5, [2**63] * 4, [-1] * 4, [True] * 4],
@@ -867,9 +865,6 @@ def calls():
         step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reference=[
             nn.ReLU(), policy], reward=[partial(metagradient, model=policy)], policy_optimizer=[
             torch.optim.SGD(gpt2().parameters())]),
-        partial(step, reward=partial(metagradient, per_token=True), discount=0): dict(
-            discount=[None]),
-        partial(step, reward=partial(metagradient, per_token=False)): dict(discount=[0.5]),
         partial(check_target, target, data, LIKELIHOOD, SGD(0.1)): dict(tolerance=[0]),
         partial(check_policy, policy, (ones, ones), max_new_tokens=2): dict(temperature=[0])}
 
@@ -915,18 +910,12 @@ def test_9_what_is_wrong_is_named_before_work_is_done():
             refused("model", sft, policy, batch(0), SGD(0.1))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_9_a_padding_row_that_no_label_sees_is_harmless(tied):
-    model, data = gpt2(tied=tied), batch(0)
-    model.transformer.wte.padding_idx = 0
-    data.tokens.clamp_(min=1)
-    data.mask[0], data.tokens[0, 3:] = torch.tensor([0, 0, 0, 1, 0]), 0  # a label, and after it
-    check_differences(metagradient, model, data, linear(model), SGD(0.3), 2)
-    data.tokens[0, 1] = 0  # an input: harmless where the head has a weight of its own
-    if tied:
-        refused("examples .*padding_idx", sft, model, data, SGD(0.3))
-    else:
-        check_differences(metagradient, model, data, linear(model), SGD(0.3), 2)
+def test_9_a_padding_row_is_an_input_like_others_where_no_head_has_its_weight():
+    untied, tied, data = gpt2(tied=False), gpt2(), batch(0)
+    for model in untied, tied:
+        model.get_input_embeddings().padding_idx = 0
+    check_differences(metagradient, untied, data, linear(untied), SGD(0.3), 2)
+    refused("model .*padding_idx", sft, tied, data, SGD(0.3))
 
 
 # ---------------------------------------------------------------- 10: the tests bite
@@ -1460,10 +1449,9 @@ def test_12_the_vocabulary_meets_one_micro_batch_at_a_time():
             for size in (None, 600, 409)))
         assert found == (409 * 4, 600 * 4, 409 * 4) and torch.equal(taus[0], taus[2])
         close(taus[0], taus[1], 1e-10)  # the numbers are the same
-    for size, most, written in ((None, 12, 8), (2, 2, 2)):
-        metric = lm_metric(model, batch(9, n=12, vocab=53), microbatch=size)
-        assert rows(metagradient, model, batch(0, n=12, vocab=53), metric, AdamW(0.1, eps_root=0.1),
-                    steps=2, method="replay", microbatch=size)[1] == most * 4  # L - 1 positions
+    for size, most, written in ((None, 6, 8), (2, 2, 2)):
+        assert rows(metagradient, model, batch(0, n=12, vocab=53), linear(model), AdamW(
+            0.1, eps_root=0.1), steps=2, method="replay", microbatch=size)[1] == most * 4  # L - 1
         # As many as the random numbers for one prompt's samples.
         found = rows(plain_step, policy, reference=copy.deepcopy(policy), microbatch=size)
         assert found[1] == written * 4
@@ -1839,7 +1827,7 @@ def test_13_where_numbers_end(method):
     data, bare, rootless = batch(0, n=8), filled(Bare(), 0), AdamW(0.1, eps_root=0.0)
     check_differences(partial(metagradient, method=method), bare, data, linear(bare), rootless, 1)
     unread = Examples(data.tokens % 3, data.mask)  # row 3 of the embedding: its gradient is 0
-    refused("eps_root = 0", metagradient, bare, unread, linear(bare), rootless, method=method)
+    refused("eps_root .at 0", metagradient, bare, unread, linear(bare), rootless, method=method)
 
 
 def test_13_no_step_of_the_generator_on_what_is_not_finite():
@@ -1968,20 +1956,15 @@ def test_14_check_target_does_not_pass_what_it_cannot_tell():
 
 
 class Wrapper(nn.Module):
-    """As PEFT's: it samples by the model inside, and hands the generation config down."""
+    """A policy around a model, with a forward of its own."""
 
-    generation_config = property(lambda self: self.model.generation_config)
-
-    def __init__(self, model, forward=None, sample=lambda own, *args, **how: own(*args, **how)):
+    def __init__(self, model, forward=None):
         super().__init__()
-        self.model, self.forward, self.sample = model, forward or model.forward, sample
-
-    def generate(self, *args, **kwargs):
-        self.model.generation_config = self.generation_config
-        return self.sample(self.model.generate, *args, **kwargs)
+        self.model, self.forward = model, forward or model.forward
+        self.generation_config = model.generation_config
 
 
-def test_14_check_policy_and_what_generate_sets():
+def test_14_check_policy():
     prompts, blind = prompts_of([1], [2, 1, 1]), gpt2()
     for dtype, most in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.3)):
         for policy in gpt2().to(dtype), Wrapper(gpt2().to(dtype)):
@@ -1991,40 +1974,28 @@ def test_14_check_policy_and_what_generate_sets():
     for why, wrong in (("token_log_probs", bert()), ("token_log_probs", blind),
                        ("draws random numbers", GPT2LMHeadModel(gpt2().config).train())):
         refused(why, check_policy, wrong, prompts, max_new_tokens=4)
-    policy, how = Wrapper(gpt2()), dict(samples=9, max_new_tokens=3, seed=0)
-    own = policy.generation_config
-    own.update(top_k=2, eos_token_id=3)
-    kept, found = own.to_dict(), generate(policy, prompts, eos_token_id=0, **how)
-    assert policy.generation_config is own and own.to_dict() == kept  # is set back
-    assert torch.equal(found.tokens, generate(gpt2(), prompts, **how).tokens)
 
 
 def test_14_what_a_wrapper_keeps_from_its_model():
-    """The cache of a prompt, the noise, the prompt, its own bend: each is right, or refused."""
+    """The cache: right without one, refused where it is taken and not handed on."""
     model, prompts, how = gpt2(), prompts_of([1, 2, 3, 1, 2], [3, 1, 3, 2, 2]), dict(
         samples=3, max_new_tokens=3, seed=0)
     rollouts = generate(model, prompts, **how)
-    plain = Wrapper(model, lambda input_ids, attention_mask, position_ids: model(
-        input_ids, attention_mask=attention_mask, position_ids=position_ids))
+    plain, lossy = (Wrapper(model, forward) for forward in (
+        lambda input_ids, attention_mask, position_ids: model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids),
+        lambda tokens, past_key_values=None, **how: model(tokens)))
     assert torch.equal(generate(plain, prompts, **how).tokens, rollouts.tokens)
     close(token_log_probs(plain, rollouts), token_log_probs(model, rollouts), 1e-12)
-    refused("hand them on", token_log_probs, Wrapper(
-        model, lambda tokens, past_key_values=None, **how: model(tokens)), rollouts)
-    for sample in (lambda own, *args, logits_processor, **how: own(*args, **how),
-                   lambda own, tokens, **how: own(tokens, **how)[:, tokens.shape[1]:]):
-        refused("its generate must use", generate, Wrapper(model, None, sample), prompts, **how)
-    refused("bend", check_policy, Wrapper(model, None, lambda own, *args, **how: own(
-        *args, repetition_penalty=3.0, **how)), prompts, max_new_tokens=3)
-    assert "generate" not in vars(model)
+    refused("hand them on", token_log_probs, lossy, rollouts)
+    refused("hand them on", generate, lossy, prompts, **how)
 
 
 def test_14_improbable_tokens_are_drawn():
     """24 random bits, all that a float32 has, would cut what is less likely than 2^-24."""
-    policy, seen = Wrapper(gpt2()), []
-    policy.generate = lambda tokens, logits_processor, **_: seen.append(logits_processor[0](
-        tokens, torch.zeros(16, 2**17))) or tokens
-    generate(policy, prompts_of([1], [2]), samples=8, max_new_tokens=1, seed=[1, 2])
-    small = (-seen[0]).exp()[seen[0] > 11].double() * 2**24  # the exponential variables behind it
+    streams = [torch.Generator(torch.get_default_device()).manual_seed(seed) for seed in (1, 2)]
+    small = dpg._exponential(streams, torch.zeros(16, 2**17)).double()
+    small = small[small < 2**-16] * 2**24
     assert len(small) > 20 and (small - small.round()).abs().max() > 0.1
 
 
@@ -2056,13 +2027,6 @@ def test_14_logits_that_are_not_finite():
     loss = policy_gradient_loss(found.log_probs, torch.ones(8), rollouts.mask, kl=found.kl,
                                 entropy=found.entropy, entropy_coef=0.1, kl_coef=0.1)
     assert all(slope.isfinite().all() for slope in grad(loss, list(policy.parameters())))
-
-
-def test_14_a_half_precision_policy_that_does_not_move_is_told(recwarn):
-    policy = gpt2(53).bfloat16()
-    for rate, told in ((1e-2, 0), (1e-6, 1)):
-        plain_step(policy, optimizer=torch.optim.AdamW, lr=rate)
-        assert len([w for w in recwarn if "raise the rate" in str(w.message)]) == told
 
 
 def test_14_nothing_is_made_on_the_default_device():

@@ -226,7 +226,7 @@ class Models:
         return dpg.Examples(tokens.to(self.device), labels.to(self.device))
 
     def likelihood(self, examples):
-        return dpg.lm_metric(self.target, examples, microbatch=self.args.microbatch)
+        return dpg.lm_metric(self.target, examples)
 
     def trained(self, examples, optimizer, steps):
         """The target's parameters after the inner run on these examples."""

@@ -3,6 +3,7 @@
 A demo makes a `Run` of its parser, has `train` call its metric, and ends with `finish`, which
 writes result.json. `run.models` are the models, `run.folder` is where pictures go.
 """
+import dataclasses
 import functools
 import hashlib
 import io
@@ -90,22 +91,21 @@ class Run:
 
     @one_line
     def train(self, metric, inner, observe, *, show, lr, steps, discount, max_new_tokens, kl_coef,
-              entropy_coef, prompts, temperature=1.0, reads=None, kl_left=1.0):
+              entropy_coef, prompts, temperature=1.0, reads=None, kl_left=1.0, rise=1.0):
         """--steps times dpg_step; observe(step, result) gives its numbers, kept in metrics.jsonl.
 
         The one called `show` stands beside the progress bar. The `prompts` of a step are rounded
         so that each of the `steps` inner minibatches has equally many, and two at least. The pull
-        towards the untrained generator falls to `kl_left` of kl_coef at the end. `reads` is
-        the one parameter of the target that the metric reads, if it is one: after a single inner
-        step nothing depends on how the others moved, and they are frozen."""
+        towards the untrained generator falls to `kl_left` of kl_coef at the end, and the rate of
+        `inner` grows to `rise` times its own. `reads` is the one parameter of the target that the
+        metric reads, if it is one: after a single inner step nothing depends on how the others
+        moved, and they are frozen."""
         prompts = steps * max(2, round(prompts / steps))
         if self.group is not None and prompts // steps % dist.get_world_size():
             self.parser.error(f"the number of processes must divide {prompts // steps}, the "
                               "prompts of a minibatch")
         args, models = self.args, self.models
         with models.frozen_but(reads if steps == 1 else None):
-            reward = rewards.reward(models, metric, inner, steps, shuffle=self.shuffle,
-                                    group=self.group)
             optimizer = torch.optim.AdamW(models.policy.parameters(), lr, weight_decay=0.0)
             # The rate falls to zero: advantages have unit spread however little is left to learn.
             total = max(1, args.steps)
@@ -122,6 +122,9 @@ class Run:
             bar = tqdm(range(len(history), end), self.demo, file=sys.stderr,
                        initial=len(history), total=args.steps, disable=self.rank > 0)
             for step in bar:
+                now = dataclasses.replace(inner, lr=inner.lr * rise ** (step / total))
+                reward = rewards.reward(models, metric, now, steps, shuffle=self.shuffle,
+                                        group=self.group)
                 result = dpg.dpg_step(
                     models.policy, optimizer, models.training_prompts(prompts), models.encode,
                     reward, samples=SAMPLES, max_new_tokens=max_new_tokens, seed=models.seed(step),

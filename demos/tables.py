@@ -5,8 +5,8 @@
     python demos/tables.py --keep uuid --since COMMIT  # are rows of an earlier version still valid?
 
 --run and --keep take a table or a demo. A run counts as missing where no record has the hash of the
-present code and models; one that was interrupted is resumed. --keep runs three steps with two
-recorded seeds of each row, now and as of the commit that the records were made with, for another
+present code and models; one that was interrupted is resumed. --keep runs three steps with the first
+recorded seed of each row, now and as of the commit that the records were made with, for another
 processor rounds otherwise. Where the two are equal, bit for bit, the row gets the present hash.
 """
 import pathlib
@@ -334,29 +334,26 @@ def keep(row, earlier):
     """Whether three steps are as in the folder with an earlier version; then the records that were
     made with that one get the present hash."""
     stamp, name = row.stamp(), f"{row.demo} {row.options}".strip()
-    old = [record for record in row.records() if record["hash"] != stamp]
-    for record in {record["seed"]: record for record in old[:1] + old[-1:]}.values():
-        with tempfile.TemporaryDirectory() as folder:
-            folder, rows = pathlib.Path(folder), []
-            for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
-                problem = start(row, record["seed"], folder / part, "--stop", "3", demos=demos)
-                if problem:
-                    break
-                rows.append(records.rows(folder / part / "metrics.jsonl"))
-            else:
-                then = json.loads((folder / "then/arguments.json").read_text())["hash"]
-                old = [record for record in old if record["hash"] == then]
-                now, before = rows
-                shared = [{key: new[key] for key in new if key in before[0]} for new in now]
-                if shared != before or not old:  # new keys may have come
-                    problem = "differs"
-        if problem:
-            print(f"{name}: seed {record['seed']} {problem}; run it again", flush=True)
-            return
+    old, rows = [record for record in row.records() if record["hash"] != stamp], []
+    with tempfile.TemporaryDirectory() as folder:
+        for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")) if old else ():
+            path = pathlib.Path(folder) / part
+            problem = start(row, old[0]["seed"], path, "--stop", "3", demos=demos)
+            if problem:
+                print(f"{name}: {problem}; run it again", flush=True)
+                return
+            rows.append(records.rows(path / "metrics.jsonl"))
+            then = json.loads((path / "arguments.json").read_text())["hash"]
     if old:
-        kept = [record | {"hash": stamp} if record in old else record
-                for record in records.load(row.demo)]
-        records.replace(row.demo, kept)
+        now, before = rows
+        shared = [{key: new[key] for key in new if key in before[0]} for new in now]
+        same = [record for record in old if record["hash"] == then]
+        if shared != before or not same:  # new keys may have come
+            print(f"{name}: seed {old[0]['seed']} differs; run it again", flush=True)
+            return
+        records.replace(row.demo, [record | {"hash": stamp} if record in same else record
+                                   for record in records.load(row.demo)])
+        old = same
     print(f"{name}: {len(old)} of {len(row.records())} records got the present hash", flush=True)
 
 
