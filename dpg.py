@@ -1036,7 +1036,7 @@ class _Call(dict):
         return ({p.dtype for p in x.parameters()} <= {torch.float32, torch.float64}
                 and len(set(places)) == len(places) > 0  # else `functional_call` would untie them
                 # torch drops the gradient of a padding row, but not where a head is the same weight
-                and not any(getattr(m, "padding_idx", None) is not None
+                and not any(isinstance(m, nn.Embedding) and m.padding_idx is not None
                             and owners.count(id(m.weight)) > 1 for m in x.modules())
                 and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
                     None, "eager", "sdpa")
