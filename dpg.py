@@ -726,16 +726,24 @@ def _read(model, tokens, mask, keep, cache=None, use_cache=True):
     it has one of all that it read. What is in the `cache` given is not read again."""
     # Padding is on the left: places count from a prompt's first real token.
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    new = slice(0 if cache is None else cache.get_seq_length(), None)
+    new = slice(_held(cache), None)
     options = _accepted(model, position_ids=places[:, new], past_key_values=cache,
                         use_cache=use_cache, logits_to_keep=keep)
     out = model(tokens[:, new], attention_mask=mask, **options)
-    _require(cache is None or cache.get_seq_length() == tokens.shape[1],
+    _require(cache is None or _held(cache) == tokens.shape[1],
              "model: its forward takes past_key_values, but does not hand them on")
     cache = getattr(out, "past_key_values", None) if "past_key_values" in options else None
-    whole = getattr(cache, "get_seq_length", int)() == tokens.shape[1]  # a wrapper may add its own
+    whole = _held(cache) == tokens.shape[1]  # a wrapper may add tokens of its own
     logits = out.logits[:, -keep:]  # drawn from in float32, whatever the model's type
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache if whole else None
+
+
+def _held(cache):
+    """How many tokens a cache holds; 0 where it cannot say, as one of recurrent states alone."""
+    try:
+        return cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return 0
 
 
 def _prefix(model, tokens, mask, length):

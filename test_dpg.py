@@ -653,6 +653,7 @@ def test_6_rollouts_and_what_stays_untouched():
     for rollouts, end in (one, 0), (draw((tokens, mask), seed=1, eos_token_id=1), 1):
         lengths = [row.index(end) + 1 if end in row else 4 for row in rollouts.tokens.tolist()]
         assert rollouts.mask.tolist() == [[1] * k + [0] * (4 - k) for k in lengths]
+        assert (rollouts.tokens[rollouts.mask == 0] == end).all()
     rows = one.examples(START)
     assert torch.equal(rows.tokens, nn.functional.pad(one.tokens, (1, 0), value=START))
     assert torch.equal(rows.mask, nn.functional.pad(one.mask, (1, 0)))
@@ -1471,9 +1472,10 @@ def test_12_what_is_written_does_not_depend_on_the_company():
 
 @pytest.mark.parametrize("name, window", [
     ("GPT2", {}), ("Llama", {}), ("Mistral", {"sliding_window": 3}),
-    ("Gemma3Text", {"sliding_window": 3}), ("Lfm2", {})])
+    ("Gemma3Text", {"sliding_window": 3}), ("Lfm2", {}),
+    ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1})])
 def test_12_a_prompt_longer_than_its_texts_is_read_once(name, window):
-    """Also by a policy that has a window of three."""
+    """Also by a policy that has a window of three; and again by one with recurrent states."""
     config = getattr(transformers, name + "Config")(
         vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=4, head_dim=4,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0,
@@ -1982,16 +1984,21 @@ def test_14_check_policy():
 
 
 def test_14_what_a_wrapper_keeps_from_its_model():
-    """The cache: right without one, refused where it is taken and not handed on."""
+    """The cache: right without one, and where it has more than was read, as with PEFT's virtual
+    tokens; refused where it is taken and not handed on."""
     model, prompts, how = gpt2(), prompts_of([1, 2, 3, 1, 2], [3, 1, 3, 2, 2]), dict(
         samples=3, max_new_tokens=3, seed=0)
     rollouts = generate(model, prompts, **how)
-    plain, lossy = (Wrapper(model, forward) for forward in (
+    plain, lossy, more, same = (Wrapper(model, forward) for forward in (
         lambda input_ids, attention_mask, position_ids: model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids),
-        lambda tokens, past_key_values=None, **how: model(tokens)))
-    assert torch.equal(generate(plain, prompts, **how).tokens, rollouts.tokens)
-    close(token_log_probs(plain, rollouts), token_log_probs(model, rollouts), 1e-12)
+        lambda tokens, past_key_values=None, **how: model(tokens),
+        lambda tokens, past_key_values=None, **how: model(nn.functional.pad(tokens, (1, 0))),
+        lambda tokens, attention_mask: model(nn.functional.pad(tokens, (1, 0)))))
+    for one, other in ((plain, model), (more, same)):
+        assert torch.equal(generate(one, prompts, **how).tokens, generate(
+            other, prompts, **how).tokens)
+        close(token_log_probs(one, rollouts), token_log_probs(other, rollouts), 1e-12)
     refused("hand them on", token_log_probs, lossy, rollouts)
     refused("hand them on", generate, lossy, prompts, **how)
 
