@@ -22,7 +22,7 @@ text; test_dpg.py holds it against finite differences and exact enumeration.
     T, B        steps, N // steps       inner steps, examples per minibatch         int
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
-    pi_theta    policy                  the generator, a model with `generate`
+    pi_theta    policy                  the generator, a causal transformers model
     x_i         Rollouts.tokens         what the policy wrote; a row of D is of it  (N, L_new)
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
     A_it        advantages              rewards to go, centred and scaled           as tau
