@@ -1281,11 +1281,15 @@ def test_11_runs_are_kept(shortened, monkeypatch, tmp_path, capsys):
 
 
 def test_11_a_run_with_nothing_left_to_learn_ends(shortened, monkeypatch, tmp_path):
-    monkeypatch.setattr(room("rewards"), "reward", lambda *how, **named: lambda examples:
-                        Attribution(torch.zeros(examples.tokens.shape), 0.0, {}, torch.zeros(1)))
-    demo("language").main(["--steps", "9", "--out", str(tmp_path)])
+    """After three steps; the UUID's inner rate rises to four times its own in all nine."""
+    rates = []
+    monkeypatch.setattr(room("rewards"), "reward", lambda lab, metric, inner, *how, **named: (
+        rates.append(inner.lr) or (lambda examples: Attribution(
+            torch.zeros(examples.tokens.shape), 0.0, {}, torch.zeros(1)))))
+    demo("uuid").main(["--steps", "9", "--out", str(tmp_path)])
     result, rows = written(tmp_path)
     assert result["steps"] == len(rows) == 3
+    assert rates == pytest.approx([5e-4 * 4 ** (step / 9) for step in range(3)])
 
 
 def test_11_tables(shortened, monkeypatch, tmp_path, capsys):
