@@ -335,26 +335,26 @@ def keep(row, earlier):
     made with that one get the present hash."""
     stamp, name = row.stamp(), f"{row.demo} {row.options}".strip()
     old, rows = [record for record in row.records() if record["hash"] != stamp], []
+    if not old:
+        return
     with tempfile.TemporaryDirectory() as folder:
-        for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")) if old else ():
+        for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
             path = pathlib.Path(folder) / part
             problem = start(row, old[0]["seed"], path, "--stop", "3", demos=demos)
             if problem:
                 print(f"{name}: {problem}; run it again", flush=True)
                 return
             rows.append(records.rows(path / "metrics.jsonl"))
-            then = json.loads((path / "arguments.json").read_text())["hash"]
-    if old:
-        now, before = rows
-        shared = [{key: new[key] for key in new if key in before[0]} for new in now]
-        same = [record for record in old if record["hash"] == then]
-        if shared != before or not same:  # new keys may have come
-            print(f"{name}: seed {old[0]['seed']} differs; run it again", flush=True)
-            return
-        records.replace(row.demo, [record | {"hash": stamp} if record in same else record
-                                   for record in records.load(row.demo)])
-        old = same
-    print(f"{name}: {len(old)} of {len(row.records())} records got the present hash", flush=True)
+        then = json.loads((path / "arguments.json").read_text())["hash"]
+    now, before = rows
+    shared = [{key: new[key] for key in new if key in before[0]} for new in now]
+    same = [record for record in old if record["hash"] == then]
+    if shared != before or not same:  # new keys may have come
+        print(f"{name}: seed {old[0]['seed']} differs; run it again", flush=True)
+        return
+    records.replace(row.demo, [record | {"hash": stamp} if record in same else record
+                               for record in records.load(row.demo)])
+    print(f"{name}: {len(same)} of {len(row.records())} records got the present hash", flush=True)
 
 
 @contextlib.contextmanager
