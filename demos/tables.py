@@ -209,6 +209,7 @@ TABLES = {
         *(Row(name, "sixty_seven", how) for name, how in CONTROLS.items()),
         Row("DPG, SGD inside", "sixty_seven", "--inner sgd"),
         Row("**draw 8x8 random pixels**, **DPG**", "sixty_seven", "", TEN, picture),
+        *(Row(name, "sixty_seven", how, THREE, picture) for name, how in CONTROLS.items()),
         Row("**shrink the LM head** (4.3), **DPG**", "l2_norm", "", TEN),
         *(Row(name, "l2_norm", how) for name, how in CONTROLS.items())]),
     "uuid": Table("reward", [
