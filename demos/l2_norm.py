@@ -41,10 +41,10 @@ def main(argv=None):
     def observe(step, result):
         return {"norm": round(-result.attribution.metric, 3)}
 
-    control = check.curves(models, models.reference, norm, max_new_tokens=LENGTH)
     run.train(metric, inner, observe, show="norm", steps=T, reads=head,
               temperature=args.temperature, **SETTINGS)
-    after = check.curves(models, models.policy, norm, max_new_tokens=LENGTH)
+    control, after = (check.curves(models, policy, norm, max_new_tokens=LENGTH)
+                      for policy in (models.reference, models.policy))
     run.save("validation.jsonl", records.text(check.rows(norm_control=control, norm=after)))
     result = run.finish(
         temperature=args.temperature, inner_steps=T,

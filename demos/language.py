@@ -110,11 +110,12 @@ def main(argv=None):
         return {"fraction": sum(corpus.in_language(text, language) for text in texts) / len(texts),
                 "bigram_entropy": bigram_entropy(texts), "sample": texts[0]}
 
-    real = perplexity([models.examples(sentences(corpus.frames(models.rng, SFT_BATCH)))
-                       for _ in range(SFT_STEPS)])
-    before, control, said = measure(models.reference)
+    right = [models.examples(sentences(corpus.frames(models.rng, SFT_BATCH)))
+             for _ in range(SFT_STEPS)]
     run.train(metric, inner, observe, show="fraction", steps=T, **settings)
+    before, control, said = measure(models.reference)
     after, generated, says = measure(models.policy)
+    real = perplexity(right)
     result = run.finish(
         language=language, **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},

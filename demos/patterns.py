@@ -158,10 +158,9 @@ def main(parser, argv, default, *, more=lambda args, picture: {}):
         return decoded[1][-1], {multiple: [round(canvas.accuracy(d), 4) for d in each]
                                 for multiple, each in decoded.items()}
 
-    _, before = drawn(models.reference)
     run.train(canvas.metric, inner, observe, show="pixel_accuracy", steps=T, reads=canvas.head,
               temperature=args.temperature, **SETTINGS)
-    picture, after = drawn(models.policy)
+    (_, before), (picture, after) = drawn(models.reference), drawn(models.policy)
     extra = more(args, picture)
     matplotlib.image.imsave(run.folder / "pattern.png", enlarge(picture), cmap="gray", vmin=0,
                             vmax=255)

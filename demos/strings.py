@@ -73,8 +73,8 @@ def main(run, name, wanted, T, inner, settings, *, sft_lr, show="exact", every=5
             found |= {f"{key}_{taught}": loglik[T - 1], f"{key}_{taught}_10T": loglik[-1]}
         return greedy[0], found
 
-    said, before = measure(models.reference, "before", "control")
     run.train(metric, inner, observe, show=show, steps=T, **settings)
+    said, before = measure(models.reference, "before", "control")
     says, after = measure(models.policy, "after", "after")
     result = run.finish(
         **{name: wanted}, **before, **after,

@@ -6,7 +6,7 @@
 
 --run and --keep take a table or a demo. A run counts as missing where no record has the hash of the
 present code and models; one that was interrupted is resumed. --keep runs three steps with the first
-recorded seed of each row, now and as of the commit that the records were made with, for another
+two seeds of each row, now and as of the commit that the records were made with, for another
 processor rounds otherwise. Where the two are equal, bit for bit, the row gets the present hash.
 """
 import pathlib
@@ -332,27 +332,29 @@ def run(row, seed):
 
 
 def keep(row, earlier):
-    """Whether three steps are as in the folder with an earlier version; then the records that were
-    made with that one get the present hash."""
+    """Whether three steps with two seeds are as in the folder with an earlier version; then the
+    records that were made with that one get the present hash."""
     stamp, name = row.stamp(), f"{row.demo} {row.options}".strip()
-    old, rows = [record for record in row.records() if record["hash"] != stamp], []
+    old = [record for record in row.records() if record["hash"] != stamp]
     if not old:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
-            path = pathlib.Path(folder) / part
-            problem = start(row, old[0]["seed"], path, "--stop", "3", demos=demos)
-            if problem:
-                print(f"{name}: {problem}; run it again", flush=True)
-                return
-            rows.append(records.rows(path / "metrics.jsonl"))
-        then = json.loads((path / "arguments.json").read_text())["hash"]
-    now, before = rows
-    shared = [{key: new[key] for key in new if key in before[0]} for new in now]
-    same = [record for record in old if record["hash"] == then]
-    if shared != before or not same:  # new keys may have come
-        print(f"{name}: seed {old[0]['seed']} differs; run it again", flush=True)
-        return
+    for seed in [record["seed"] for record in old[:2]]:
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            for part, demos in (("now", records.DEMOS), ("then", earlier / "demos")):
+                path = pathlib.Path(folder) / part
+                problem = start(row, seed, path, "--stop", "3", demos=demos)
+                if problem:
+                    print(f"{name}: {problem}; run it again", flush=True)
+                    return
+                rows.append(records.rows(path / "metrics.jsonl"))
+            then = json.loads((path / "arguments.json").read_text())["hash"]
+        now, before = rows
+        shared = [{key: new[key] for key in new if key in before[0]} for new in now]
+        same = [record for record in old if record["hash"] == then]
+        if shared != before or not same:  # new keys may have come
+            print(f"{name}: seed {seed} differs; run it again", flush=True)
+            return
     records.replace(row.demo, [record | {"hash": stamp} if record in same else record
                                for record in records.load(row.demo)])
     print(f"{name}: {len(same)} of {len(row.records())} records got the present hash", flush=True)
