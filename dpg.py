@@ -57,6 +57,7 @@ import contextlib
 import functools
 import inspect
 import math
+import numbers
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
 Metric = Callable[[Params], Tensor]  # runs a model by torch.func.functional_call(model, params, x)
-Optimizer = object  # SGD, AdamW, or one of your own with such an `init` and `update`
+Optimizer = object  # SGD, AdamW, or one of your own whose `init` and `update` are pure functions
 
 
 # ============================================================================= room 1: the method
@@ -169,7 +170,7 @@ def _train(run, z, steps, graph=None):
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
         z, g = _leaf((z, g)) if graph == "update" else (z, g)
         with torch.set_grad_enabled(graph is not None):
-            after = run.optimizer.update(z[0], g, z[1])
+            after = run.optimizer.update(*_copy((z[0], g, z[1])))
         yield z, g, loss, after
         z = after
 
@@ -244,7 +245,7 @@ def _unroll(run, metric):
     losses = []
     for *_, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
         losses.append(loss)
-    phi, adjoint = _phi(run, metric, params, losses)  # Phi, d Phi / d params
+    phi, adjoint = _phi(run, metric, _leaf(params), losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
     # to w alone. The initial parameters do not depend on w, so the first step needs d g / d w, but
     # no Hessian-vector product.
@@ -508,8 +509,11 @@ def _replay(run, metric, every, offload):
         if k not in kept:  # walk its stretch again
             first = k - k % every
             z = _leaf(starts.pop(first), False, device)
-            again = _train(run, z, range(first, k + 1), "update")
-            kept = {j: (z, g, after) for j, (z, g, _, after) in enumerate(again, first)}
+            for j, (z, g, loss, after) in enumerate(
+                    _train(run, z, range(first, k + 1), "update"), first):
+                kept[j] = z, g, after
+                _require(torch.allclose(loss, losses[j], 1e-3), f"optimizer: step {j}, computed "
+                         "again, has another loss; its update must be a pure function")
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
     return torch.cat(taus), phi, params, losses
@@ -595,15 +599,20 @@ def _total(lists):
 
 def _leaf(tree, requires_grad=True, device=None):
     """The same nest of dicts, tuples and lists, each tensor a new leaf of the graph."""
-    return tree_map_only(
-        Tensor, lambda x: x.detach().to(device).requires_grad_(requires_grad), tree)
+    return tree_map_only(Tensor, lambda x: x.detach().to(device).requires_grad_(
+        requires_grad and x.is_floating_point()), tree)
+
+
+def _copy(tree):
+    """The same tensors in a new nest, which may be changed."""
+    return tree_map_only(Tensor, lambda x: x, tree)
 
 
 def _tensors(tree):
     leaves = [x for x in tree_leaves(tree) if not isinstance(x, (int, float, str, type(None)))]
-    _require(all(isinstance(x, Tensor) for x in leaves), "optimizer: its state must be made of "
-             "tensors and numbers in dicts, tuples and lists")
-    return leaves
+    _require(all(isinstance(x, Tensor) and not x.is_complex() for x in leaves), "optimizer: its "
+             "state must be made of real tensors and numbers in dicts, tuples and lists")
+    return [x for x in leaves if x.is_floating_point()]
 
 
 def _chunks(size, *columns):
@@ -681,7 +690,7 @@ def _sample(model, tokens, mask, length, temperature, streams, eos):
 
     Of softmax(logits / temperature) argmax_j (logit_j / temperature - log e_j) is a sample, where
     the e_j are exponential (Gumbel-max)."""
-    new, P = F.pad(eos, (0, 1))[:1].repeat(len(tokens), length), tokens.shape[1]
+    new, P = tokens.new_zeros(len(tokens), length), tokens.shape[1]
     tokens, mask = torch.cat([tokens, new], 1), F.pad(mask, (0, length), value=1)
     log_pi, ended = torch.zeros(new.shape, device=new.device), new[:, 0] < 0
     cache = _prefix(model, tokens[:, :P], mask[:, :P], length)
@@ -692,7 +701,7 @@ def _sample(model, tokens, mask, length, temperature, streams, eos):
                  'gives that with padding on the left: load it with attn_implementation="sdpa"',
                  NotFinite)
         chosen = logits - _exponential(streams, logits).log_() if temperature else logits
-        tokens[:, t] = torch.where(ended, tokens[:, t], chosen.argmax(1))
+        tokens[:, t:] = torch.where(ended, tokens[:, t - 1], chosen.argmax(1))[:, None]
         log_pi[:, t - P] = logits.log_softmax(1).gather(1, tokens[:, t:t + 1])[:, 0]
         ended |= torch.isin(tokens[:, t], eos)
         if ended.all():
@@ -755,8 +764,7 @@ def _prefix(model, tokens, mask, length):
         return None
     tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
     cache = _read(model, tokens, mask, 1)[1]
-    layers = getattr(cache, "layers", [None])
-    if not all(getattr(layer, "is_croppable", False) for layer in layers):
+    if not getattr(cache, "is_croppable", False):
         return None
     cache.reorder_cache(of)
     return cache
@@ -766,16 +774,16 @@ def _prefix(model, tokens, mask, length):
 def _pure(model):
     """Refuses what makes each call another function: noise, for it draws from a global random
     state, and statistics of a batch, for they change a buffer."""
-    def state():
+    def draws():
         cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *cuda], [b._version for b in model.buffers()]
+        return [torch.get_rng_state(), *cuda]
 
-    draws, buffers = state()
+    before, buffers = draws(), [(b, b._version, b.clone()) for b in model.buffers()]
     yield
-    drawn, changed = state()
-    still = all(map(torch.equal, draws, drawn))
-    torch.set_rng_state(draws[0])
-    _require(still and changed == buffers, f"model: a {type(model).__name__} (target, policy or "
+    still = all(map(torch.equal, before, draws())) and all(
+        b._version == version or b.equal(value) for b, version, value in buffers)
+    torch.set_rng_state(before[0])
+    _require(still, f"model: a {type(model).__name__} (target, policy or "
              "reference) draws random numbers (dropout?) or changes its buffers (batch "
              "normalization?); call its eval()")
 
@@ -849,11 +857,15 @@ def _update(policy, optimizer, crew):
 # ============================================================================== room 3: the checks
 
 class _Double(torch.utils._python_dispatch.TorchDispatchMode, contextlib.ContextDecorator):
-    """float64 stays float64 where a model asks for float32, as the norms of most do."""
+    """float64 stays float64 where a model asks for float32, as the norms of most do; what it is
+    multiplied by there becomes float64."""
 
     def __torch_dispatch__(self, call, types, given=(), named=None):
+        kinds = {x.dtype for x in given if isinstance(x, Tensor)}
         if call is torch.ops.aten._to_copy.default and given[0].dtype is torch.float64:
             named = {k: v for k, v in (named or {}).items() if v is not torch.float32}
+        if "mm" in call.__name__ and kinds == {torch.float32, torch.float64}:
+            given = tree_map_only(Tensor, Tensor.double, given)
         return call(*given, **(named or {}))
 
 
@@ -878,8 +890,8 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
             torch.manual_seed(seed + place)
             taus.append(metagradient(model, examples, metric, optimizer, steps=steps,
                                      per_token=per_token, method=method).tau)
-    tau, size, fine = taus[0], taus[0].norm().item(), taus[0].dtype == torch.float64
-    _require(size > 0, "metric: tau is exactly 0, there is nothing to compare")
+    tau, size, fine = taus[0], taus[0].double().norm().item(), taus[0].dtype == torch.float64
+    _require(0 < size < math.inf, f"metric: tau has norm {size}, there is nothing to compare")
     _require((tau - taus[1]).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal"
              " calls differ; call model.eval(), or find what remembers or draws random numbers")
     tokens, half = examples.tokens[:, :-1], examples.tokens.shape[1] // 2
@@ -896,7 +908,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
                         for x in (tokens[:1, :half], tokens))
     _require((alone - whole).abs().max() <= (1e-6 if fine else 1e-3) * whole.abs().max(),
              "model: a label sees later tokens, or other rows; is its attention causal?")
-    tiny, here = (1e-7 if fine else 1e-5), phi(0)  # so near, only rounding bends Phi
+    tiny, here = (1e-9 if fine else 1e-5), phi(0)  # so near, only rounding bends Phi
     noise = max(abs(phi(h) + phi(-h) - 2 * here) for h in (tiny, 2 * tiny, 3 * tiny))
     noise = max(noise, torch.finfo(tau.dtype).eps * abs(here))
     h = min(max(3e3 * noise / size, 1e-6), 0.2)  # small, for there may be kinks, but not too small
@@ -921,8 +933,8 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
 
     Compares the log-probability under which each token was drawn with that of `token_log_probs`,
     in the padded batch and for each prompt alone. Returns the largest difference in nats.
-    ValueError where it is above 1e-3 (in half precision 0.3): the model sees padding or later
-    tokens, or depends on how it is called."""
+    ValueError where it is above 1e-3 (in half precision 0.3; below temperature 1 over it): the
+    model sees padding or later tokens, or depends on how it is called."""
     _check(locals())
     rollouts, drawn = _rollouts(model, prompts, samples, max_new_tokens, temperature, seed)
     worst = 0.0
@@ -932,9 +944,10 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
             part = Rollouts(part[0][:, pad:], part[1][:, pad:], *part[2:])
             found = token_log_probs(model, part, temperature=temperature)
             worst = max(worst, ((found - own) * part.mask).abs().max().item())
-    _require(worst <= (1e-3 if next(model.parameters()).element_size() > 2 else 0.3),
-             f"model: tokens were drawn with log-probabilities {worst:.2g} nats from those of "
-             "token_log_probs: does it see padding, or later tokens?")
+    most = 1e-3 if next(model.parameters()).element_size() > 2 else 0.3
+    _require(worst * min(temperature, 1) <= most, f"model: tokens were drawn with log-probabilities"
+             f" {worst:.2g} nats from those of token_log_probs: does it see padding, or later "
+             "tokens?")
     return worst
 
 
@@ -999,11 +1012,11 @@ def _check(given):
 
 
 def _real(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) < 1e18
 
 
 def _whole(x, low=0, high=2**31):
-    return isinstance(x, int) and not isinstance(x, bool) and low <= x < high
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool) and low <= x < high
 
 
 class _Call(dict):
@@ -1044,8 +1057,9 @@ class _Call(dict):
         return ({p.dtype for p in x.parameters()} <= {torch.float32, torch.float64}
                 and len(set(places)) == len(places) > 0  # else `functional_call` would untie them
                 # torch drops the gradient of a padding row, but not where a head is the same weight
-                and not any(isinstance(m, nn.Embedding) and m.padding_idx is not None
-                            and owners.count(id(m.weight)) > 1 for m in x.modules())
+                and not any(isinstance(m, nn.Embedding) and (
+                    m.max_norm or m.scale_grad_by_freq or m.padding_idx is not None
+                    and owners.count(id(m.weight)) > 1) for m in x.modules())
                 and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
                     None, "eager", "sdpa")
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
@@ -1105,8 +1119,9 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      <= {id(p) for p in c["policy"].parameters()}),
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
      '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
-     "with a padding_idx), outside of torch.autocast and torch.inference_mode; a policy "
-     + _POLICY, lambda c, x: c.target(x) if "examples" in c else x.generation_config),
+     "with a padding_idx), none with max_norm or scale_grad_by_freq, outside of torch.autocast and "
+     "torch.inference_mode; a policy " + _POLICY,
+     lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
      lambda c, x: x.generation_config and c.apart(x)),
