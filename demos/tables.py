@@ -119,6 +119,10 @@ def digits(seed):
     return {"text": "".join(random.Random(seed).choices("0123456789", k=10))}
 
 
+def twelve(seed):
+    return {"code": importlib.import_module("demos.smollm2").drawn(seed, 12)}
+
+
 def untrained(record):
     """What the run measured with the generator before any training."""
     return {name: record.get(before) for name, before in (
@@ -233,7 +237,8 @@ TABLES = {
         Column("seconds", spread("seconds", 0))], [
         Row("**DPG**", "smollm2", SMOLLM2, CODES),
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
-        *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items())]),
+        *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items()),
+        Row("**DPG**, twelve characters", "smollm2", SMOLLM2, range(120, 124), twelve)]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
