@@ -2012,8 +2012,13 @@ def test_14_check_policy():
     prompts, blind = prompts_of([1], [2, 1, 1]), gpt2()
     for dtype, most in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.3)):
         for policy in gpt2().to(dtype), Wrapper(gpt2().to(dtype)):
-            for T in 0.7, 0.002:
-                assert check_policy(policy, prompts, max_new_tokens=4, temperature=T) * T <= most
+            assert check_policy(policy, prompts, max_new_tokens=4, temperature=0.7) <= most
+    with mock.patch.object(dpg, "token_log_probs", lambda *how, **named: 0.5 + token_log_probs(
+            *how, **named)):  # what rounding does to a logit, a temperature of 1/2 doubles
+        check, half = partial(check_policy, prompts=prompts, max_new_tokens=4), gpt2().bfloat16()
+        assert check(half, temperature=0.5) == pytest.approx(0.5)
+        refused("token_log_probs", check, half)
+        refused("token_log_probs", check, gpt2(), temperature=0.5)
     blind.forward = lambda input_ids, attention_mask, position_ids, **how: GPT2LMHeadModel.forward(
         blind, input_ids, **how)  # padding is seen
     for why, wrong in (("token_log_probs", bert()), ("token_log_probs", blind),
