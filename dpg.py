@@ -511,7 +511,7 @@ def _replay(run, metric, every, offload):
             z = _leaf(starts.pop(first), False, device)
             for j, (z, g, loss, after) in enumerate(
                     _train(run, z, range(first, k + 1), "update"), first):
-                kept[j] = z, g, after
+                kept[j] = z, g, after  # equal on a CPU; a GPU may add in another order
                 _require(torch.allclose(loss, losses[j], 1e-3), f"optimizer: step {j}, computed "
                          "again, has another loss; its update must be a pure function")
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)

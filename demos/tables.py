@@ -36,7 +36,8 @@ ROOT = records.DEMOS.parent
 READMES, RUNS = (ROOT / "README.md", ROOT / "demos/README.md"), ROOT / "runs/tables"
 TWENTY, TEN, THREE = (range(100, 100 + n) for n in (20, 10, 3))
 # Of these demos, earlier ones were seen before the last change of their settings.
-UUIDS, LANGUAGE, CODES = range(180, 200), range(110, 115), range(105, 110)
+UUIDS, LANGUAGE, CODES, TWELVE = (
+    range(180, 200), range(110, 115), range(105, 110), range(120, 124))
 
 
 # -------------------------------------------------------------------------- what a table is made of
@@ -238,7 +239,8 @@ TABLES = {
         Row("**DPG**", "smollm2", SMOLLM2, CODES),
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
         *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items()),
-        Row("**DPG**, twelve characters", "smollm2", SMOLLM2, range(120, 124), twelve)]),
+        Row("**DPG**, twelve characters", "smollm2", SMOLLM2, TWELVE, twelve),
+        Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, twelve, untrained)]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
