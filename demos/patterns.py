@@ -24,6 +24,8 @@ from demos.run import Run
 
 S = 20.0  # the paper's sharpness of the softplus
 EPS_ROOT, SGD_LR = 1e-3, 20.0
+# Through several inner steps: all of the target moves, by 0.04 at most, so Phi must be sharper.
+S_SEVERAL, MOVED, EPS_ROOT_SEVERAL = 1000.0, 0.04, 2.5e-4
 # The small generator is certain of its next word (0.9 nats): sampled at temperature 1, it rarely
 # tries the tokens that would have earned something.
 TEMPERATURE = 2.4
@@ -70,14 +72,16 @@ def parser(file, doc, *, steps):
 def inner_optimizer(models):
     """Adam or SGD for the inner run.
 
-    With one step the rate only scales the change; in Phi it sets how much more a wrong pixel counts
-    than a right one, and 10 / s is enough. Several steps move the head by 100 times the paper's
-    movement, the farthest that a picture is checked at."""
+    With one step, for which all but the head is frozen, the rate only scales the change; in Phi it
+    sets how much more a wrong pixel counts than a right one, and 10 / S is enough. With T steps a
+    text has T times the share in its minibatch's gradient, and eps_root must grow with its square.
+    """
     T = models.args.inner_steps
     if models.args.inner == "sgd":
         return dpg.SGD(SGD_LR / T)
-    lr = 10 / S if T == 1 else 100 * models.paper_lr(T)
-    return dpg.AdamW(lr, eps_root=EPS_ROOT)
+    if T == 1:
+        return dpg.AdamW(10 / S, eps_root=EPS_ROOT)
+    return dpg.AdamW(MOVED / T, eps_root=EPS_ROOT_SEVERAL * T**2)
 
 
 class Canvas:
@@ -86,14 +90,15 @@ class Canvas:
     def __init__(self, models, rows):
         self.pattern = pixels(rows).to(models.device)
         self.head, self.rows = models.head(), word_tokens(models, len(rows))
+        self.sharpness = S if models.args.inner_steps == 1 else S_SEVERAL
         self.before = models.target.get_parameter(self.head).detach().clone()[self.rows]
 
     def change(self, params):
         return (params[self.head][self.rows] - self.before)[:, :self.pattern.shape[1]]
 
     def metric(self, params):
-        """Phi = -mean softplus(-s * Y * (P_after - P_before))"""
-        return -F.softplus(-S * self.pattern * self.change(params)).mean()
+        """Phi = -mean softplus(-S * Y * (P_after - P_before))"""
+        return -F.softplus(-self.sharpness * self.pattern * self.change(params)).mean()
 
     def decode(self, params):
         return torch.where(self.change(params) > 0, 1.0, -1.0)

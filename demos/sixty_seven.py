@@ -25,7 +25,7 @@ SIXTY_SEVEN = """
 
 
 def parser():
-    return patterns.parser(__file__, __doc__, steps=150)[0]
+    return patterns.parser(__file__, __doc__, steps=100)[0]
 
 
 def main(argv=None):
