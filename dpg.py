@@ -545,8 +545,8 @@ def _tangents(run, params, g, of_g):
             tau = [forward_ad.unpack_dual(_nll(run.model, duals, Examples(*part))).tangent
                    for *part, _ in _chunks(run.microbatch, *run.batches[0])]
     except NotImplementedError:
-        return None
-    if any(x is None for x in tau) or not w.all():
+        tau = [None]
+    if any(run.crew.everyones(any(x is None for x in tau) or not w.all())):
         return None
     tau = F.pad(torch.cat(tau), (1, 0)) / (tokens.numel() * run.crew.world)
     tau = tau if w.ndim == 2 else tau.sum(1)
@@ -790,8 +790,11 @@ def _pure(model):
 
 @contextlib.contextmanager
 def _full_precision():
-    """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run."""
-    kept = {x: x.fp32_precision for x in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}
+    """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run.
+    Convolutions on a GPU are in TF32 unless told otherwise."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    kept = {x: x.fp32_precision for x in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
+                                          mkldnn.matmul, mkldnn.conv, mkldnn.rnn)}
     try:
         for x in kept:
             x.fp32_precision = "ieee"
@@ -809,7 +812,8 @@ class _Processes:
     that of a single process, where K divides the prompts of each inner minibatch. In `metagradient`
     `examples` and tau are this process's rows, as many on each, and minibatch k is the processes'
     k-th minibatches together; `metric` must be the same everywhere. A process that refuses its
-    arguments leaves the others waiting; `NotFinite` stops all. Equal to one process by test_12."""
+    arguments, or reads NaN in its policy's logits, leaves the others waiting; `NotFinite` of all
+    else stops all. Equal to one process by test_12."""
 
     def __init__(self, group):
         self.group, self.rank, self.world = group, 0, 1
@@ -830,7 +834,7 @@ class _Processes:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat, group=self.group)
         parts = flat.split([x.numel() for x in tensors])
-        return [part.view_as(x) for part, x in zip(parts, tensors)]
+        return [part.view_as(x).to(x.dtype) for part, x in zip(parts, tensors)]
 
     def share(self, rows):
         """This process's part of what belongs to the prompts: r, r + K, r + 2K ..."""

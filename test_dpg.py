@@ -1079,7 +1079,8 @@ def variant(folder, weights=None, **files):
 
 def lab(folder, *arguments, target=str(ROOT / TINY), **files):
     """The `Models` of a run whose generator is such a copy."""
-    parser = demo("uuid").options.parser("uuid.py", "", steps=0, target=target)
+    parser = demo("uuid").options.weights_parser("uuid.py", "", steps=0, temperature=1.0)
+    parser.set_defaults(target=target)
     return demo("uuid").Run(parser, ["--generator", variant(folder, **files), "--out", str(
         folder / "lab"), *arguments]).models
 
@@ -1548,6 +1549,7 @@ def process(rank, folder):
     """One of two: what it finds is its part of what one process finds."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     group, data, metric = dist.group.WORLD, batch(0, n=8), lm_metric(gpt2(), batch(9))
+    metric32 = lm_metric(gpt2().float(), batch(9))
     for model, per_token, microbatch, optimizer in (
             (altered(routed, other=nn.Linear(3, 4)), False, None, AdamW(0.1, eps_root=1e-2)),
             (gpt2(), False, None, SGD(0.3)),
@@ -1561,6 +1563,13 @@ def process(rank, folder):
                     checkpoint_every=3, group=group)  # of 4 minibatches of 2
         whole = run(data)
         check_same(found, whole._replace(tau=whole.tau[rank::2]))
+    weights = torch.ones(8, dtype=torch.float64).index_fill(0, torch.tensor(0), 0)  # of one's rows
+    found, whole = (metagradient(
+        gpt2().float(), subset(data, rows), metric32, AdamW(0.1, eps_root=1e-2), steps=2,
+        weights=weights[rows], **how) for rows, how in (
+            (slice(rank, None, 2), dict(method="replay", group=group)), (slice(None), {})))
+    assert {p.dtype for p in found.params.values()} == {torch.float32}
+    close(found.tau, whole.tau[rank::2], 1e-4)
     refused("one shape", metagradient, gpt2(), subset(data, slice(4 - rank)), metric, SGD(0.1),
             method="replay", group=group)
     check_same(a_step(2, group), a_step())
@@ -2155,13 +2164,13 @@ def test_15_rows_that_reach_no_trained_parameter():
 @each_method
 @pytest.mark.parametrize("wrong", [False, True])
 def test_15_tf32_does_not_reach_a_run(method, wrong):
-    matmul, seen = torch.backends.cuda.matmul, []
+    matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
 
     def forward(model, tokens):
         hidden = model.hidden(tokens)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: seen.append(matmul.fp32_precision))
-        seen.append(matmul.fp32_precision)
+        seen.extend([matmul.fp32_precision, conv.fp32_precision])
         return model.head(hidden)
 
     model, before = altered(forward), torch.get_float32_matmul_precision()
@@ -2171,7 +2180,8 @@ def test_15_tf32_does_not_reach_a_run(method, wrong):
         with pytest.raises(NotFinite) if wrong else contextlib.nullcontext():
             metagradient(*how, SGD(0.1), steps=2, method=method)
         sft(model, batch(0), SGD(0.1))
-        assert set(seen) == {"ieee"} and len(seen) >= 6
-        assert torch.get_float32_matmul_precision() == "high" and matmul.fp32_precision == "tf32"
+        assert set(seen) == {"ieee"} and len(seen) >= 9
+        assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.fp32_precision == conv.fp32_precision == "tf32"  # conv's default
     finally:
         torch.set_float32_matmul_precision(before)
