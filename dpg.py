@@ -150,7 +150,7 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     with .logits, is causal, and computes each row by itself. It is not changed; its parameters with
     requires_grad=False are constants. `microbatch` bounds the rows computed at once. ValueError for
     arguments that do not fit together, and for a model that draws random numbers (dropout), is in
-    half precision or has no second derivative."""
+    half precision or reads its parameters by another way than its modules' attributes."""
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
@@ -228,8 +228,9 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     gives the same numbers with less memory.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
-    training changes (a gradient of 0 is no error: tau is 0), and for eps_root = 0 where a gradient
-    is exactly 0; `NotFinite` for losses, Phi or tau not finite.
+    training changes (a gradient of 0 is no error: tau is 0), and for a layer whose backward cannot
+    be differentiated; `NotFinite` for losses, Phi or tau not finite (with eps_root = 0 where a
+    gradient is exactly 0).
     """
     _check(locals())
     with torch.enable_grad(), _full_precision():
@@ -243,13 +244,15 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 def _unroll(run, metric):
     """The definition: train, look at Phi, differentiate."""
     losses = []
-    for *_, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
+    for _, g, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
         losses.append(loss)
     phi, adjoint = _phi(run, metric, _leaf(params), losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
     # to w alone. The initial parameters do not depend on w, so the first step needs d g / d w, but
     # no Hessian-vector product.
-    tau, = _vjp(params.values(), [run.weights], adjoint)  # (d params / d w)^T adjoint
+    g = [x for x in g.values() if x.requires_grad]  # the last step's, for a check
+    tau, *of_g = _vjp(params.values(), [run.weights, *g], adjoint)  # (d params / d w)^T adjoint
+    _check_linear(run, -1, tau.chunk(run.T)[-1], g, of_g)
     return tau, phi, params, losses
 
 
@@ -412,7 +415,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     examples = encode(rollouts)
     attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
-    _check_attribution(attribution, examples, rollouts)
+    _check_attribution(attribution, examples, rollouts, crew)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
     tau = attribution.tau.to(written.mask.device)
@@ -460,23 +463,23 @@ class _Run:
     def parts(self, k, params, graph):
         """The share that each micro-batch of minibatch k has in the gradient and in the loss."""
         B = len(self.batches[k][0]) * self.crew.world
-        # Activation checkpointing computes anew after `functional_call` has put the model's own
-        # parameters back: it would be wrong in silence. It works by hooks.
-        no_hooks = torch.autograd.graph.disable_saved_tensors_hooks(
-            "model: activation checkpointing inside cannot be attributed")
-        with torch.enable_grad(), no_hooks:
-            for *part, w in _chunks(self.microbatch, *self.batches[k]):
+        own = [p for p in self.model.parameters() if p.requires_grad]  # those of before the run
+        for *part, w in _chunks(self.microbatch, *self.batches[k]):
+            with torch.enable_grad():
                 loss = _loss(self.model, self.all | params, Examples(*part), w, B)
-                grads = torch.autograd.grad(loss, list(params.values()), create_graph=graph,
-                                            allow_unused=True)
-                self.reached |= {k for k, g in zip(params, grads) if g is not None}
-                yield [*_zeros(grads, params.values()), loss.detach()]
+                grads = [None] * 2 * len(own) if not loss.requires_grad else torch.autograd.grad(
+                    loss, [*params.values(), *own], create_graph=graph, allow_unused=True)
+            _require(all(g is None for g in grads[len(own):]), "model: it reads a parameter by "
+                     "another way than its module's attribute, past torch.func.functional_call")
+            self.reached |= {k for k, g in zip(params, grads) if g is not None}
+            yield [*_zeros(grads[:len(own)], params.values()), loss.detach()]
 
     def gradient(self, k, params, graph=False):
         """d loss_k / d params, and loss_k; with a graph it can be differentiated in both."""
         params = params if graph else _leaf(params)
         *grads, loss = self.crew.sum(_total(self.parts(k, params, graph)))
-        return dict(zip(params, grads)), loss
+        # Autograd may hand out one tensor twice: to each its own. The loss, no view of all of them.
+        return {k: g.view_as(g) for k, g in zip(params, grads)}, loss.clone()
 
 
 def _replay(run, metric, every, offload):
@@ -511,9 +514,12 @@ def _replay(run, metric, every, offload):
             z = _leaf(starts.pop(first), False, device)
             for j, (z, g, loss, after) in enumerate(
                     _train(run, z, range(first, k + 1), "update"), first):
-                kept[j] = z, g, after  # equal on a CPU; a GPU may add in another order
-                _require(torch.allclose(loss, losses[j], 1e-3), f"optimizer: step {j}, computed "
-                         "again, has another loss; its update must be a pure function")
+                kept[j] = z, g, after
+            # They end where they ended, on a CPU; a GPU may add in another order.
+            _require(all((x - y).norm() <= 0.01 * (x - before).norm() for x, y, before in zip(
+                after[0].values(), ahead, z[0].values())), f"optimizer: step {k}, computed again, "
+                "ends elsewhere; its update must be a pure function")
+        ahead = kept[k][0][0].values()
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
     return torch.cat(taus), phi, params, losses
@@ -530,14 +536,14 @@ def _back(run, k, z, g, after, adjoint):
     # d <gradient, of_g> / d w_k, and / d params, a Hessian-vector product
     tau, *products = _total(_vjp(part[:-1], [run.batches[k][2], *params], of_g)
                             for part in run.parts(k, z[0], graph=True))
+    _check_linear(run, k, tau, g.values(), of_g)
     return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
 
 
 def _tangents(run, params, g, of_g):
     """tau_0 by one forward-mode pass: <g, of_g> is linear in w, its derivative by w_it the tangent
     of nll_it along of_g, over B L. None where a layer has no forward derivative, or not the one of
-    backward (hooks, no_grad): then sum_it w_it tau_it is not <g, of_g>; nor where a w is 0 and that
-    sum could not tell."""
+    backward (hooks, no_grad), and where a w is 0 and `_linear` could not tell."""
     tokens, _, w = run.batches[0]
     try:
         with torch.no_grad(), forward_ad.dual_level():
@@ -549,10 +555,19 @@ def _tangents(run, params, g, of_g):
     if any(run.crew.everyones(any(x is None for x in tau) or not w.all())):
         return None
     tau = F.pad(torch.cat(tau), (1, 0)) / (tokens.numel() * run.crew.world)
-    tau = tau if w.ndim == 2 else tau.sum(1)
-    total, size = run.crew.sum([(w * tau).sum(), (w * tau).abs().sum()])
-    off = total - sum((a * b).sum() for a, b in zip(g.values(), of_g))
-    return tau if off.abs() <= 1e-4 * size else None
+    tau = (tau if w.ndim == 2 else tau.sum(1)).to(w.dtype)
+    return tau if _linear(run, 0, tau, g.values(), of_g) else None
+
+
+def _linear(run, k, tau, g, of_g):
+    """Whether <w_k, tau_k> = <g_k, of_g>, as it must be, for g_k is linear in w_k: not where the
+    backward of a layer cannot be differentiated, as many fused kernels' can not."""
+    each = run.batches[k][2].detach() * tau
+    total, size = run.crew.sum([each.sum(), each.abs().sum()])
+    wanted, terms = (sum(f(a * b) for a, b in zip(g, of_g))
+                     for f in (torch.sum, lambda x: x.abs().sum()))
+    rounding = 100 * torch.finfo(tau.dtype).eps * terms
+    return not (total - wanted).abs() > 1e-4 * size + rounding  # NaN is told by `_check_tau`
 
 
 class _AdamRatio(torch.autograd.Function):
@@ -566,7 +581,6 @@ class _AdamRatio(torch.autograd.Function):
         return m / (v + a).sqrt_().add_(b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, adjoint):
         m, v = ctx.saved_tensors
         root = (v + ctx.a).sqrt_()
@@ -639,9 +653,16 @@ def _logits(model, params, tokens):
     names = {id(p): name for name, p in model.named_parameters()}
     slots = {f"{path}.{k}".lstrip("."): names[id(p)] for path, module in model.named_modules()
              for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
-    params = {slot: params[name] for slot, name in slots.items() if name in params}
+    _require(set(names.values()) <= set(params), "metric: its model has parameters that those it "
+             "is given do not name; is it the target?")
+    params = {slot: params[name] for slot, name in slots.items()}
     options = _accepted(model, use_cache=False) if hasattr(model, "config") else {}
-    with sdpa_kernel(SDPBackend.MATH), _pure(model):  # fused kernels are differentiable only once
+    # Activation checkpointing computes anew after `functional_call` has put the model's own
+    # parameters back: it would be wrong in silence. It works by hooks.
+    no_hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+        "model: activation checkpointing inside cannot be attributed")
+    # Fused kernels are differentiable only once.
+    with sdpa_kernel(SDPBackend.MATH), no_hooks, _pure(model):
         out = torch.func.functional_call(model, params, (tokens,), options, tie_weights=False)
     logits = getattr(out, "logits", out)
     _require(isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape,
@@ -666,7 +687,7 @@ def _pair(prompts):
 def _seeds(seed, n):
     """A seed for each of n prompts: hashed, since streams of neighbouring seeds may be alike."""
     return seed if isinstance(seed, (list, tuple)) else [
-        random.Random(f"{seed} {place}").getrandbits(63) for place in range(n)]
+        random.Random(f"{seed} {place}").getrandbits(32) for place in range(n)]
 
 
 def _rollouts(model, prompts, samples, length, temperature, seed, eos=None, microbatch=None):
@@ -692,14 +713,14 @@ def _sample(model, tokens, mask, length, temperature, streams, eos):
     the e_j are exponential (Gumbel-max)."""
     new, P = tokens.new_zeros(len(tokens), length), tokens.shape[1]
     tokens, mask = torch.cat([tokens, new], 1), F.pad(mask, (0, length), value=1)
-    log_pi, ended = torch.zeros(new.shape, device=new.device), new[:, 0] < 0
+    log_pi, ended = torch.zeros(new.shape, device=new.device, dtype=torch.float32), new[:, 0] < 0
     cache = _prefix(model, tokens[:, :P], mask[:, :P], length)
     for t in range(P, P + length):
         logits, cache = _read(model, tokens[:, :t], mask[:, :t], 1, cache)
         logits = logits[:, 0] / (temperature or 1)  # (rows, V)
-        _require(not logits.isnan().any(), "model: its logits are NaN; eager attention in float64 "
-                 'gives that with padding on the left: load it with attn_implementation="sdpa"',
-                 NotFinite)
+        _require(logits.amax(1).isfinite().all(), "model: its logits are NaN or infinite; eager "
+                 "attention in float64 gives that with padding on the left: load it with "
+                 'attn_implementation="sdpa"', NotFinite)
         chosen = logits - _exponential(streams, logits).log_() if temperature else logits
         tokens[:, t:] = torch.where(ended, tokens[:, t - 1], chosen.argmax(1))[:, None]
         log_pi[:, t - P] = logits.log_softmax(1).gather(1, tokens[:, t:t + 1])[:, 0]
@@ -775,13 +796,14 @@ def _pure(model):
     """Refuses what makes each call another function: noise, for it draws from a global random
     state, and statistics of a batch, for they change a buffer."""
     def draws():
-        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *cuda]
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
-    before, buffers = draws(), [(b, b._version, b.clone()) for b in model.buffers()]
+    devices = {x.device for x in model.parameters() if x.is_cuda}
+    before, buffers = draws(), {k: x.clone() for k, x in model.named_buffers()}
     yield
+    after = dict(model.named_buffers())  # there may be new ones, as of long rotations
     still = all(map(torch.equal, before, draws())) and all(
-        b._version == version or b.equal(value) for b, version, value in buffers)
+        k in after and _equal(x, after[k]) for k, x in buffers.items())
     torch.set_rng_state(before[0])
     _require(still, f"model: a {type(model).__name__} (target, policy or "
              "reference) draws random numbers (dropout?) or changes its buffers (batch "
@@ -793,9 +815,11 @@ def _full_precision():
     """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run.
     Convolutions on a GPU are in TF32 unless told otherwise."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    kept = {x: x.fp32_precision for x in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
-                                          mkldnn.matmul, mkldnn.conv, mkldnn.rnn)}
+    kept = {}
     try:
+        for x in (torch.backends, cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
+                  mkldnn.matmul, mkldnn.conv, mkldnn.rnn):  # who inherits from the first two is
+            kept[x], x.fp32_precision = x.fp32_precision, "none"  # given back that it does
         for x in kept:
             x.fp32_precision = "ieee"
         yield
@@ -811,8 +835,8 @@ class _Processes:
     every K-th prompt and attributes its own rows, and all make the same update from all rewards;
     that of a single process, where K divides the prompts of each inner minibatch. In `metagradient`
     `examples` and tau are this process's rows, as many on each, and minibatch k is the processes'
-    k-th minibatches together; `metric` must be the same everywhere. A process that refuses its
-    arguments, or reads NaN in its policy's logits, leaves the others waiting; `NotFinite` of all
+    k-th minibatches together; `metric` must be the same everywhere. A process that refuses what
+    it is given, or reads NaN in its policy's logits, leaves the others waiting; `NotFinite` of all
     else stops all. Equal to one process by test_12."""
 
     def __init__(self, group):
@@ -842,8 +866,8 @@ class _Processes:
 
     def gather(self, x, samples):
         """The rows of all processes, in the order of the prompts."""
-        parts = [part.to(x.device).unflatten(0, (-1, samples)) for part in self.everyones(x)]
-        return torch.stack(parts, 1).flatten(0, 2)
+        parts = [part.unflatten(0, (-1, samples)) for part in self.everyones(x.cpu())]
+        return torch.stack(parts, 1).flatten(0, 2).to(x.device)
 
 
 def _update(policy, optimizer, crew):
@@ -874,6 +898,7 @@ class _Double(torch.utils._python_dispatch.TorchDispatchMode, contextlib.Context
 
 
 @_Double()
+@_full_precision()
 def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer: Optimizer, *,
                  steps: int = 1, per_token: bool = False, method: str = "unroll",
                  tolerance: float = 0.05, seed: int = 0) -> float:
@@ -887,8 +912,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     within `tolerance`; a label sees a later token, or another row; two equal calls differ; the
     model was changed."""
     _check(locals())
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    before, taus = {k: x.detach().clone() for k, x in state.items()}, []
+    before, taus = {k: x.detach().clone() for k, x in _state(model)}, []
     for place in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed + place)
@@ -903,14 +927,14 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     way = way.to(tau) * (examples.mask if per_token else 1)
 
     @torch.no_grad()
-    @_full_precision()
     def phi(h):
         return metric(sft(model, examples, optimizer, weights=1 + h * way, steps=steps)).item()
 
     with torch.no_grad():
-        alone, whole = (_logits(model, dict(model.named_parameters()), x)[:1, :half]
-                        for x in (tokens[:1, :half], tokens))
-    _require((alone - whole).abs().max() <= (1e-6 if fine else 1e-3) * whole.abs().max(),
+        whole, *alone = (_logits(model, dict(model.named_parameters()), x) for x in (
+            tokens, tokens[-1:, :half], tokens[-1:, :half + 1]))  # one cuts a block of tokens
+    _require(all((x - whole[-1:, :x.shape[1]]).abs().max() <= (1e-6 if fine else 1e-3)
+                 * whole.abs().max() for x in alone),
              "model: a label sees later tokens, or other rows; is its attention causal?")
     tiny, here = (1e-9 if fine else 1e-5), phi(0)  # so near, only rounding bends Phi
     noise = max(abs(phi(h) + phi(-h) - 2 * here) for h in (tiny, 2 * tiny, 3 * tiny))
@@ -920,7 +944,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     rough, slope = (16 * near - far) / 15, (16 * nearest - near) / 15  # of fourth order
     bound = max(2 * (abs(rough - slope) + 16 / h * noise) / size, 1e-6 if fine else 2e-3)
     off = abs((tau * way).sum().item() - slope) / size
-    changed = [k for k, x in state.items() if not torch.equal(x, before[k])]
+    changed = [k for k, x in _state(model) if k not in before or not _equal(x, before[k])]
     _require(not changed, f"model: {changed[:3]} changed in a call")
     _require(bound <= tolerance, f"model or metric: differences of Phi in {tau.dtype} are good to "
              f"{bound:.0%} of tau, and cannot tell; does the metric see what training changes? in "
@@ -931,6 +955,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
 
 
 @torch.no_grad()
+@_full_precision()
 def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int = 2,
                  temperature: float = 1.0, seed: int = 0) -> float:
     """Whether `token_log_probs` are those that `generate` draws from: before a long run.
@@ -947,7 +972,8 @@ def check_policy(model: nn.Module, prompts, *, max_new_tokens: int, samples: int
             pad = int((part[1] == 0).sum(1).min())
             part = Rollouts(part[0][:, pad:], part[1][:, pad:], *part[2:])
             found = token_log_probs(model, part, temperature=temperature)
-            worst = max(worst, ((found - own) * part.mask).abs().max().item())
+            off = torch.where(part.mask != 0, found - own, 0).abs().nan_to_num(math.inf)
+            worst = max(worst, off.max().item())
     most = 1e-3 if next(model.parameters()).element_size() > 2 else 0.3
     _require(worst * min(temperature, 1) <= most, f"model: tokens were drawn with log-probabilities"
              f" {worst:.2g} nats from those of token_log_probs: does it see padding, or later "
@@ -978,18 +1004,34 @@ def _phi(run, metric, params, losses):
     return phi.detach(), _zeros(adjoint, params.values())
 
 
+def _check_linear(run, k, tau, g, of_g):
+    _require(_linear(run, k, tau, g, of_g), "model: a layer's backward cannot be differentiated "
+             "(a fused kernel, or an autograd.Function that is differentiable once?)")
+
+
 def _check_tau(run, tau):
     bad = sum(run.crew.everyones((~tau.isfinite()).nonzero()[:1, 0].tolist()), [])
     _require(not bad, f"tau of example {bad} is not finite: lower lr, or raise eps_root (at 0 Adam "
              "has no derivative where a gradient is 0)", NotFinite)
 
 
-def _check_attribution(found, examples, rollouts):
+def _check_attribution(found, examples, rollouts, crew):
     _require(isinstance(found, Attribution), "reward must return an Attribution")
+    phis = crew.everyones(found.metric)
+    _require(max(phis) - min(phis) <= 1e-3 * abs(phis[0]), f"reward: the processes have the metrics"
+             f" {phis}; does it have the group, and one target?")
     rows = examples.tokens[:, 1:].to(rollouts.tokens.device)
     _require(found.tau.ndim == 1 or rows.shape == rollouts.tokens.shape and (
         (rows == rollouts.tokens) | (rollouts.mask == 0)).all(), "encode: where tau is per token "
         "its rows must be a start token and then the tokens that were written")
+
+
+def _state(model):
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+
+
+def _equal(a, b):
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _require(condition, message, error=ValueError):
@@ -1033,7 +1075,8 @@ class _Call(dict):
             for names in map(str.split, shapes.split(" or ")))
 
     def finite(self, x, shapes):
-        return self.fits(x, shapes) and x.is_floating_point() and x.isfinite().all()
+        return (self.fits(x, shapes) and x.dtype in (torch.float32, torch.float64)
+                and x.isfinite().all())
 
     def mask(self, x, shapes):
         return (self.fits(x, shapes) and ((x == 0) | (x == 1)).all()
@@ -1066,22 +1109,27 @@ class _Call(dict):
                     and owners.count(id(m.weight)) > 1) for m in x.modules())
                 and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
                     None, "eager", "sdpa")
+                and not any(p._backward_hooks for p in x.parameters())  # a run has its own
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
                 and not torch.is_inference_mode_enabled())
 
     def apart(self, x):
-        """Whether x is no module, or one that has none of the parameters that a policy's update
-        moves: a target would drift, and the KL to a reference be 0."""
+        """Whether x is no module, or one that shares nothing with the parameters that a policy's
+        update moves: a target would drift, and the KL to a reference be 0."""
         moved = self["policy"].parameters() if "policy" in self else ()
-        return not isinstance(x, nn.Module) or {id(p) for p in moved if p.requires_grad}.isdisjoint(
-            map(id, x.parameters()))
+        return not isinstance(x, nn.Module) or {
+            p.data_ptr() for p in moved if p.requires_grad and p.numel()}.isdisjoint(
+            p.data_ptr() for p in x.parameters())
 
     def group(self, x):
-        crew, shape = _Processes(x), (self.get("N"), self.get("L"))
-        return self.get("P_n", 0) % crew.world == 0 and len(set(crew.everyones(shape))) == 1
+        crew, model = _Processes(x), self.get("model", self.get("policy"))
+        same = self.get("N"), self.get("L"), x is not None and sum(
+            p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
+        return self.get("P_n", 0) % crew.world == 0 and len(set(crew.everyones(same))) == 1
 
 
-_POLICY = "a model with a generation_config, as transformers' have"
+_POLICY, _FINITE = "a model with a generation_config, as transformers' have", (
+    "finite, in float32 or float64, ")
 _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in the call c
     ("lr tolerance", "a number above 0", lambda c, x: _real(x) and x > 0),
     ("eps eps_root weight_decay", "a number, at least 0", lambda c, x: _real(x) and x >= 0),
@@ -1101,13 +1149,15 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
     ("max_new_tokens", "a whole number above 0, within the model's places",
      lambda c, x: _whole(x, 1) and c["P"] + x - 1 <= c.places),
-    ("seed", "a whole number, or one of 63 bits for each prompt", lambda c, x:
-     all(_whole(s, 0, 2**63) for s in x) and len(x) == c["P_n"] if isinstance(x, (list, tuple))
+    ("seed", "a whole number, or one of 32 bits for each prompt", lambda c, x:
+     all(_whole(s, 0, 2**32) for s in x) and len(x) == c["P_n"] if isinstance(x, (list, tuple))
      else _whole(x, -math.inf, math.inf)),
     ("start", "a token id", lambda c, x: _whole(x)),
     ("eos_token_id?", "a token id, or several", lambda c, x:
      all(map(_whole, x if isinstance(x, (list, tuple)) else [x]))),
-    ("per_token scale offload", "True or False", lambda c, x: isinstance(x, bool)),
+    ("per_token offload", "True or False", lambda c, x: isinstance(x, bool)),
+    ("scale", "True or False, and False where a group is one row", lambda c, x: isinstance(x, bool)
+     and (not x or (c.get("group_size") or c.get("N") or c["P_n"] * c["samples"]) > 1)),
     ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
@@ -1118,19 +1168,20 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
          [getattr(x, "args", ()), getattr(x, "keywords", {})])))),
     ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
      lambda c, x: x.init and x.update),
-    ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters", lambda c, x:
-     {id(p) for part in x.param_groups for p in part["params"]}
-     <= {id(p) for p in c["policy"].parameters()}),
+    ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",
+     lambda c, x: {id(p) for part in x.param_groups for p in part["params"]}
+     <= {id(p) for p in c["policy"].parameters()}
+     and not any(part.get("maximize") for part in x.param_groups)),
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
      '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
-     "with a padding_idx), none with max_norm or scale_grad_by_freq, outside of torch.autocast and "
-     "torch.inference_mode; a policy " + _POLICY,
+     "with a padding_idx), none with a hook, max_norm or scale_grad_by_freq, outside of "
+     "torch.autocast and torch.inference_mode; a policy " + _POLICY,
      lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
      lambda c, x: x.generation_config and c.apart(x)),
-    ("group?", "a process group: examples of one shape on all its processes, a number of prompts "
-     "that it divides", _Call.group),
+    ("group?", "a process group: one model and examples of one shape on all its processes, a number"
+     " of prompts that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"
      " a mask of 0 and 1 with a label in each row, none in column 0 (put a start token there)",
      lambda c, x: isinstance(x, Examples) and c.texts(*x, "N L") and c["L"] - 1 <= c.places
@@ -1144,12 +1195,12 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      and c["P"] + c["L_new"] - 1 <= c.places),
     ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
      lambda c, x: c.mask(x, "N L_new" if "L_new" in c else "N L_new or N")),
-    ("tau advantages", "finite, (N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),
-    ("log_probs kl?", "finite, (N L_new)", lambda c, x: c.finite(x, "N L_new")),
-    ("entropy", "finite, (N L_new), or None (in `token_log_probs` True or False)", lambda c, x:
+    ("tau advantages", _FINITE + "(N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),
+    ("log_probs kl?", _FINITE + "(N L_new)", lambda c, x: c.finite(x, "N L_new")),
+    ("entropy", _FINITE + "(N L_new), or None (in `token_log_probs` True or False)", lambda c, x:
      isinstance(x, bool) if "rollouts" in c else x is None or c.finite(x, "N L_new")),
-    ("weights?", "finite, in float32 or float64, (N or N L), in tau's shape", lambda c, x: c.finite(
-        x, {True: "N L", None: "N or N L"}.get(c.get("per_token"), "N")) and x.element_size() > 2),
+    ("weights?", _FINITE + "(N or N L), in tau's shape", lambda c, x: c.finite(
+        x, {True: "N L", None: "N or N L"}.get(c.get("per_token"), "N"))),
 ]
 _RULES = {name.strip("?"): (what + ", or None" * ("?" in name), right, "?" in name)
           for names, what, right in _TABLE for name in names.split()}
