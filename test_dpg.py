@@ -41,6 +41,7 @@ so small that every dataset of n texts is trained on: expectations are sums, not
 14  check_target, check_policy                  right models pass; each wrong one is told why
     policies in wrappers                        the model inside, or refused             1e-12
 15  the first step of a replay, forward-mode    unroll, also where a layer forbids it    1e-10
+    a backward without a derivative, hooks, parameters read past functional_call: refused
     TF32 set by the caller                      not in a run; set again after it         exact
 
 All of it runs on a GPU where there is one.
@@ -1562,7 +1563,8 @@ def process(rank, folder):
     """One of two: what it finds is its part of what one process finds."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     group, data, metric = dist.group.WORLD, batch(0, n=8), lm_metric(gpt2(), batch(9))
-    metric32 = lm_metric(gpt2().float(), batch(9))
+    blind = altered(lambda model, tokens: model.head(model.hidden(tokens) * torch.no_grad()(
+        torch.exp)(model.hidden(tokens)))).float()  # in forward mode another derivative
     for model, per_token, microbatch, optimizer in (
             (altered(routed, other=nn.Linear(3, 4)), False, None, AdamW(0.1, eps_root=1e-2)),
             (gpt2(), False, None, SGD(0.3)),
@@ -1578,7 +1580,7 @@ def process(rank, folder):
         check_same(found, whole._replace(tau=whole.tau[rank::2]))
     weights = torch.ones(8, dtype=torch.float64).index_fill(0, torch.tensor(0), 0)  # of one's rows
     found, whole = (metagradient(
-        gpt2().float(), subset(data, rows), metric32, AdamW(0.1, eps_root=1e-2), steps=2,
+        blind, subset(data, rows), lm_metric(blind, batch(9)), AdamW(0.1, eps_root=1e-2), steps=2,
         weights=weights[rows], **how) for rows, how in (
             (slice(rank, None, 2), dict(method="replay", group=group)), (slice(None), {})))
     assert {p.dtype for p in found.params.values()} == {torch.float32}
@@ -2101,10 +2103,11 @@ def test_14_a_module_with_two_names_is_swapped_once():
 
 
 def test_14_logits_that_are_not_finite():
-    spoilt = gpt2()
-    spoilt.transformer.wpe.weight.data[0] = NAN
-    refused("NaN", generate, spoilt, prompts_of([1]), samples=2, max_new_tokens=3, seed=0,
-            error=NotFinite)  # not token 0
+    for value in NAN, INF:
+        spoilt = gpt2()
+        spoilt.lm_head.register_forward_hook(lambda *call: call[-1] * value)
+        refused("NaN", generate, spoilt, prompts_of([1]), samples=2, max_new_tokens=3, seed=0,
+                error=NotFinite)  # not one token for ever
     policy, reference = gpt2(), gpt2(seed=1)
     for each in policy, reference:
         each.lm_head.register_forward_hook(lambda *call: call[-1].index_fill(
@@ -2240,6 +2243,7 @@ def test_15_tf32_does_not_reach_a_run(method, wrong):
         return model.head(hidden)
 
     model, before = altered(forward), torch.get_float32_matmul_precision()
+    conv.fp32_precision = "tf32"  # as it is by default, but told
     torch.set_float32_matmul_precision("high")
     try:
         how = (model, batch(0), lambda params: params["head.weight"].sum() * (NAN if wrong else 1))
@@ -2248,11 +2252,11 @@ def test_15_tf32_does_not_reach_a_run(method, wrong):
         sft(model, batch(0), SGD(0.1))
         assert set(seen) == {"ieee"} and len(seen) >= 9
         assert torch.get_float32_matmul_precision() == "high"
-        torch.backends.fp32_precision = matmul.fp32_precision = "none"
+        torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
         sft(model, batch(0), SGD(0.1))
         torch.backends.fp32_precision = "ieee"  # matmul has none of its own, still
         assert matmul.fp32_precision == "ieee"
         torch.backends.fp32_precision, matmul.fp32_precision = "none", "tf32"
-        assert matmul.fp32_precision == conv.fp32_precision == "tf32"  # conv's default
+        assert matmul.fp32_precision == conv.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
