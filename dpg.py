@@ -340,7 +340,8 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     scale=True divides by the group's standard deviation about its mean: a step is as long whatever
     the unit of Phi or the spread. It adds a bias of order 1/n; several groups weigh the same.
     Rewards that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are
-    equal: several equal rows get exactly 0 from "mean" and "loo", with scale also from "none"."""
+    equal: several equal rows get exactly 0 from "mean" and "loo", with scale also from "none". One
+    row alone has no spread: a group of one cannot be scaled."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -813,13 +814,14 @@ def _pure(model):
 @contextlib.contextmanager
 def _full_precision():
     """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run.
-    Convolutions on a GPU are in TF32 unless told otherwise."""
+    Convolutions on a GPU are in TF32 unless told otherwise. A setting that was inherited is so
+    again afterwards: those above are read, and put to "none", first."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     kept = {}
     try:
         for x in (torch.backends, cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
-                  mkldnn.matmul, mkldnn.conv, mkldnn.rnn):  # who inherits from the first two is
-            kept[x], x.fp32_precision = x.fp32_precision, "none"  # given back that it does
+                  mkldnn.matmul, mkldnn.conv, mkldnn.rnn):
+            kept[x], x.fp32_precision = x.fp32_precision, "none"
         for x in kept:
             x.fp32_precision = "ieee"
         yield

@@ -2,8 +2,8 @@
 
 Runs demos/sixty_seven.py with T = 1, 8 and 32 inner steps, and draws how much of the picture stands
 in the weights after 1 to 96 steps of plain training on fresh text, at three learning rates. The
-generator steps and the texts in each are the same; with T = 1 the inner learning rate is larger
-(patterns.inner_optimizer says why).
+generator steps and the texts in each are the same; rate, eps_root and sharpness of Phi are others
+with T = 1 than with more (patterns.inner_optimizer says why).
 """
 import pathlib
 import sys
