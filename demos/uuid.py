@@ -39,7 +39,7 @@ SETTINGS = dict(prompts=64, lr=3e-3, discount=0.7, kl_coef=0.2, kl_left=0.15, en
 def parser():
     p = options.parser(__file__, __doc__, steps=160)
     p.add_argument("--uuid", type=uuid_text, help=f"default {UUID} for seed 0, else a random one")
-    options.presets(p, paper=360, smollm2=200)
+    options.presets(p, paper=360, smollm2=300)
     return p
 
 
@@ -64,8 +64,9 @@ def main(argv=None):
     steps, adam, settings = {
         "laptop": (T, INNER, SETTINGS), "paper": (1, options.PAPER_INNER, options.PAPER),
         "smollm2": (1, strings.SMOLLM2_INNER, strings.SMOLLM2)}[args.preset]
+    small = args.preset == "laptop"
     strings.main(run, "uuid", uuid, steps, adam if args.inner == "adam" else dpg.SGD(SGD_LR),
-                 settings, sft_lr=adam.lr, transfer=args.preset == "laptop")
+                 settings, sft_lr=adam.lr, every=5 if small else 15, transfer=small)
 
 
 if __name__ == "__main__":
