@@ -54,11 +54,13 @@ Usage (a test runs this):
 """
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import math
 import numbers
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -169,8 +171,9 @@ def _train(run, z, steps, graph=None):
     for k in steps:
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
         z, g = _leaf((z, g)) if graph == "update" else (z, g)
+        new = tree_map_only(Tensor, lambda x: x, (z[0], g, z[1]))  # dicts that may be written to
         with torch.set_grad_enabled(graph is not None):
-            after = run.optimizer.update(*_copy((z[0], g, z[1])))
+            after = run.optimizer.update(*new)
         yield z, g, loss, after
         z = after
 
@@ -347,7 +350,8 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     if tau.ndim == 2:
         labels = (mask != 0).to(tau.dtype)
         t = torch.arange(tau.shape[1], device=tau.device, dtype=tau.dtype)
-        reward = (tau * labels) @ torch.tril(discount ** (t[:, None] - t).clamp(min=0))  # (s, t)
+        with _full_precision():
+            reward = (tau * labels) @ torch.tril(discount ** (t[:, None] - t).clamp(min=0))
     labels = labels.view(-1, group_size or len(tau), labels.shape[1])  # (groups, size, positions)
     reward = reward.view_as(labels) * labels
     # Divide by the largest reward of the group first: squares of 1e-20 do not exist in float32.
@@ -415,7 +419,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     examples = encode(rollouts)
-    attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
+    with _in_training(policy):
+        attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
     _check_attribution(attribution, examples, rollouts, crew)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
@@ -618,11 +623,6 @@ def _leaf(tree, requires_grad=True, device=None):
         requires_grad and x.is_floating_point()), tree)
 
 
-def _copy(tree):
-    """The same tensors in a new nest, which may be changed."""
-    return tree_map_only(Tensor, lambda x: x, tree)
-
-
 def _tensors(tree):
     leaves = [x for x in tree_leaves(tree) if not isinstance(x, (int, float, str, type(None)))]
     _require(all(isinstance(x, Tensor) and not x.is_complex() for x in leaves), "optimizer: its "
@@ -719,9 +719,9 @@ def _sample(model, tokens, mask, length, temperature, streams, eos):
     for t in range(P, P + length):
         logits, cache = _read(model, tokens[:, :t], mask[:, :t], 1, cache)
         logits = logits[:, 0] / (temperature or 1)  # (rows, V)
-        _require(logits.amax(1).isfinite().all(), "model: its logits are NaN or infinite; eager "
-                 "attention in float64 gives that with padding on the left: load it with "
-                 'attn_implementation="sdpa"', NotFinite)
+        _require(logits.amax(1).isfinite().all(), "model: its logits are NaN or infinite; is it "
+                 "trained in float16, or at too high a rate? eager attention in float64 gives that "
+                 'with padding on the left: load it with attn_implementation="sdpa"', NotFinite)
         chosen = logits - _exponential(streams, logits).log_() if temperature else logits
         tokens[:, t:] = torch.where(ended, tokens[:, t - 1], chosen.argmax(1))[:, None]
         log_pi[:, t - P] = logits.log_softmax(1).gather(1, tokens[:, t:t + 1])[:, 0]
@@ -872,6 +872,24 @@ class _Processes:
         return torch.stack(parts, 1).flatten(0, 2).to(x.device)
 
 
+_MOVED = contextvars.ContextVar("what the updates of the policy in training move", default=set())
+
+
+def _memory(policy):
+    """Where the parameters lie that are trained."""
+    return {p.data_ptr() for p in policy.parameters() if p.requires_grad and p.numel()}
+
+
+@contextlib.contextmanager
+def _in_training(policy):
+    """Meanwhile a target that shares memory with what the policy's updates move is refused."""
+    before = _MOVED.set(_memory(policy))
+    try:
+        yield
+    finally:
+        _MOVED.reset(before)
+
+
 def _update(policy, optimizer, crew):
     """A step of the policy's optimizer, with the gradients of all processes; all stop, or none."""
     reached = crew.everyones([p.grad is not None for p in policy.parameters()])
@@ -921,7 +939,8 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
             taus.append(metagradient(model, examples, metric, optimizer, steps=steps,
                                      per_token=per_token, method=method).tau)
     tau, size, fine = taus[0], taus[0].double().norm().item(), taus[0].dtype == torch.float64
-    _require(0 < size < math.inf, f"metric: tau has norm {size}, there is nothing to compare")
+    _require(0 < size < math.inf, f"metric: tau has norm {size}, there is nothing to compare; does "
+             "no example reach what it reads, or is it at its limit?")
     _require((tau - taus[1]).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal"
              " calls differ; call model.eval(), or find what remembers or draws random numbers")
     tokens, half = examples.tokens[:, :-1], examples.tokens.shape[1] // 2
@@ -1018,8 +1037,11 @@ def _check_tau(run, tau):
 
 
 def _check_attribution(found, examples, rollouts, crew):
-    _require(isinstance(found, Attribution), "reward must return an Attribution")
-    phis = crew.everyones(found.metric)
+    _require(isinstance(found, Attribution), "reward must return an Attribution, as metagradient")
+    phis, earns = zip(*crew.everyones((found.metric, bool(found.tau.any()))))
+    if not any(earns):
+        warnings.warn("tau is 0 for all that was written, and nothing is learned from it: does no "
+                      "text reach what metric reads, or is metric at its limit?")
     _require(max(phis) - min(phis) <= 1e-3 * abs(phis[0]), f"reward: the processes have the metrics"
              f" {phis}; does it have the group, and one target?")
     rows = examples.tokens[:, 1:].to(rollouts.tokens.device)
@@ -1042,6 +1064,8 @@ def _require(condition, message, error=ValueError):
 
 
 def _short(x):
+    if isinstance(x, nn.Module):
+        return f"a {type(x).__name__} in {', '.join({str(p.dtype) for p in x.parameters()})}"
     return str(tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)}", x))[:100]
 
 
@@ -1113,15 +1137,13 @@ class _Call(dict):
                     None, "eager", "sdpa")
                 and not any(p._backward_hooks for p in x.parameters())  # a run has its own
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
-                and not torch.is_inference_mode_enabled())
+                and not torch.is_inference_mode_enabled() and self.apart(x))
 
     def apart(self, x):
-        """Whether x is no module, or one that shares nothing with the parameters that a policy's
-        update moves: a target would drift, and the KL to a reference be 0."""
-        moved = self["policy"].parameters() if "policy" in self else ()
-        return not isinstance(x, nn.Module) or {
-            p.data_ptr() for p in moved if p.requires_grad and p.numel()}.isdisjoint(
-            p.data_ptr() for p in x.parameters())
+        """Whether no update of a policy moves x: a target would drift, the KL to a reference be
+        0."""
+        moved = _memory(self["policy"]) if "policy" in self else _MOVED.get()
+        return moved.isdisjoint(p.data_ptr() for p in x.parameters())
 
     def group(self, x):
         crew, model = _Processes(x), self.get("model", self.get("policy"))
@@ -1164,10 +1186,7 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
     ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
-    ("metric encode", "a function", lambda c, x: callable(x)),
-    ("reward", "a function, its target a copy (copy.deepcopy) that the policy's update does not "
-     "move", lambda c, x: callable(x) and all(map(c.apart, tree_leaves(
-         [getattr(x, "args", ()), getattr(x, "keywords", {})])))),
+    ("metric encode reward", "a function", lambda c, x: callable(x)),
     ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
      lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",
@@ -1177,7 +1196,8 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
      '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
      "with a padding_idx), none with a hook, max_norm or scale_grad_by_freq, outside of "
-     "torch.autocast and torch.inference_mode; a policy " + _POLICY,
+     "torch.autocast and torch.inference_mode, and in a reward a copy (copy.deepcopy) that the "
+     "policy's update does not move; a policy " + _POLICY,
      lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
@@ -1197,7 +1217,9 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      and c["P"] + c["L_new"] - 1 <= c.places),
     ("mask", "0 and 1, with a label in each row, (N L_new); where tau is (N), (N) will do",
      lambda c, x: c.mask(x, "N L_new" if "L_new" in c else "N L_new or N")),
-    ("tau advantages", _FINITE + "(N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),
+    ("tau", _FINITE + "(N or N L_new), outside of torch.autocast", lambda c, x:
+     c.finite(x, "N or N L_new") and not torch.is_autocast_enabled(x.device.type)),
+    ("advantages", _FINITE + "(N or N L_new)", lambda c, x: c.finite(x, "N or N L_new")),
     ("log_probs kl?", _FINITE + "(N L_new)", lambda c, x: c.finite(x, "N L_new")),
     ("entropy", _FINITE + "(N L_new), or None (in `token_log_probs` True or False)", lambda c, x:
      isinstance(x, bool) if "rollouts" in c else x is None or c.finite(x, "N L_new")),

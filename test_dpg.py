@@ -877,8 +877,7 @@ def calls():
         partial(policy_gradient_loss, real, real, ones, entropy=real, entropy_coef=0.1, kl=real,
                 kl_coef=0.1): {},
         step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reference=[
-            nn.ReLU(), policy, same], reward=[
-            partial(metagradient, model=each) for each in (policy, same)], policy_optimizer=[
+            nn.ReLU(), policy, same], policy_optimizer=[
             torch.optim.SGD(gpt2().parameters()),
             torch.optim.SGD(policy.parameters(), maximize=True)]),
         partial(check_target, target, data, LIKELIHOOD, SGD(0.1)): dict(tolerance=[0]),
@@ -925,6 +924,8 @@ def test_9_what_is_wrong_is_named_before_work_is_done():
     for mode in (torch.autocast(ones.device.type, torch.bfloat16), torch.inference_mode()):
         with mode:
             refused("model", sft, policy, batch(0), SGD(0.1))
+    with torch.autocast(ones.device.type, torch.bfloat16):
+        refused("tau .*autocast", advantages, one, ones, discount=0.5)
 
 
 def test_9_a_padding_row_is_an_input_like_others_where_no_head_has_its_weight():
@@ -1885,6 +1886,22 @@ def test_13_where_numbers_end(method):
             rootless, method=method, error=NotFinite)
 
 
+def test_13_a_target_is_not_what_the_policys_update_moves():
+    policy, same, tau = gpt2(seed=3), gpt2(), Attribution(torch.zeros(8), 0.0, {}, torch.ones(1))
+    same.load_state_dict(policy.state_dict(), assign=True)  # other objects, in one memory
+    step = partial(plain_step, policy, encode=partial(Rollouts.examples, start=1))
+    before, how = flat(start(policy)), (lm_metric(gpt2(), batch(0)), SGD(0.1))
+    for target in policy, same, Wrapper(policy):
+        refused("model .*copy", step, lambda D: metagradient(target, D, *how))
+    with pytest.warns(match="tau is 0"):  # nor is nothing learned in silence
+        step(lambda _: tau)
+    assert torch.equal(flat(start(policy)), before)
+    assert metagradient(policy, batch(0), *how).tau.any()  # apart from a step it may be one
+    policy.transformer.wte.requires_grad_(False)
+    twin = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+    step(lambda D: metagradient(twin, D, *how))  # what is frozen may be shared
+
+
 def test_13_no_step_of_the_generator_on_what_is_not_finite():
     policy = gpt2(4, seed=3)
     before, step = flat(start(policy)), partial(
@@ -2250,7 +2267,9 @@ def test_15_tf32_does_not_reach_a_run(method, wrong):
         with pytest.raises(NotFinite) if wrong else contextlib.nullcontext():
             metagradient(*how, SGD(0.1), steps=2, method=method)
         sft(model, batch(0), SGD(0.1))
-        assert set(seen) == {"ieee"} and len(seen) >= 9
+        with mock.patch.object(torch, "tril", lambda x: seen.append(matmul.fp32_precision) or x):
+            advantages(torch.ones(2, 2), torch.ones(2, 2), discount=0.5)
+        assert set(seen) == {"ieee"} and len(seen) >= 10
         assert torch.get_float32_matmul_precision() == "high"
         torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
         sft(model, batch(0), SGD(0.1))
