@@ -1,7 +1,7 @@
 """Makes the tables of the READMEs out of demos/results, and runs their rows.
 
     python demos/tables.py                                      # writes the tables
-    python demos/tables.py --run uuid --seeds 100-119 --jobs 2  # runs what is missing of a table
+    python demos/tables.py --run uuid --seeds 180-199 --jobs 2  # runs what is missing of a table
     python demos/tables.py --keep uuid --since COMMIT  # are rows of an earlier version still valid?
 
 --run and --keep take a table or a demo. A run counts as missing where no record has the hash of the
