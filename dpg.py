@@ -23,19 +23,19 @@ text; test_dpg.py holds it against finite differences and exact enumeration.
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
     pi_theta    policy                  the generator, a causal transformers model
-    x_i         Rollouts.tokens         what the policy wrote; a row of D is of it  (N, L_new)
+    x_i         Rollouts.tokens         what the policy wrote; row i of D is of it  (N, L_new)
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
-    A_it        advantages              rewards to go, centred and scaled           as tau
+    A_it        advantages              rewards to go, centred, scaled       (N,) or (N, L_new)
 
 Departures from the paper; what is known of their cost is said where the code is:
- 1. One policy update per step, on all rollouts at once: no importance ratio to clip (`dpg_step`).
+ 1. One policy update on all rollouts of a step: no importance ratio to clip (`dpg_step`).
  2. Losses are divided by the constants B and L: w_i = 0 leaves no trace of x_i (`_loss`).
  3. Rewards are centred in any groups, not only per prompt, or not at all (`advantages`).
  4. Scaled, they are divided by their standard deviation with no constant added (`advantages`).
  5. On request, a reward for each token (`advantages`).
  6. On request, an entropy bonus and a KL term, as exact sums (`policy_gradient_loss`).
- 7. All rollouts train one target, the paper's cross-group batching; its ablation, a target for
-    the g-th samples each, is left out. A has one pass, a constant rate, no clipping, no bfloat16.
+ 7. All rollouts train one target, the paper's cross-group batching; its ablation, G targets, one
+    for each g, is left out. A has one pass, a constant rate, no clipping, no bfloat16.
 
 Room 1 is the method, up to `dpg_step`, which is Algorithm 1. Room 2: the same in less memory and on
 several processes. Room 3: checks; of your models (`check_target`, `check_policy`), of arguments.
@@ -113,7 +113,7 @@ class AdamW:
     gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
-    tau's bias was 0.05 of it at T = 1 (demos/estimators.py); with the default it may be far larger.
+    tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); by default it may be far larger.
     """
 
     lr: float
@@ -165,9 +165,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
 def _train(run, z, steps, graph=None):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step. With graph="run" the whole run can be
-    differentiated, back to w; g is a derivative itself, so that is a second one. With "update" each
-    update can, by z and g (`_replay`); with None nothing."""
+    Yields z, the gradient g, the loss, and z after the step. graph="run" keeps that of the whole
+    run, back to w, each g with its own (create_graph=True): through it the run is differentiated a
+    second time. "update" keeps that of each update, from z and g (`_replay`); None keeps none."""
     for k in steps:
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
         z, g = _leaf((z, g)) if graph == "update" else (z, g)
@@ -190,7 +190,7 @@ def _loss(model, params, examples, weights, B):
 
     tau_i, the slope at w_i = 1, is the first-order stand-in for that difference. What it misses is
     the bias of DPG (without what `advantages` may add): nothing where Phi(w) is affine in each w_i,
-    as at T = 1 with SGD and Phi linear in the parameters; else, as a part of tau, less with a lower
+    as at T = 1 with SGD and Phi linear in the parameters; else, relative to tau, less with a lower
     lr or a smaller share 1/B of an example (SGD), or with a larger eps_root (AdamW)."""
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
@@ -212,7 +212,7 @@ class Attribution(NamedTuple):
     """What `metagradient` returns, without a graph."""
 
     tau: Tensor  # (N,), or (N, L) with 0 where the mask is 0
-    metric: float  # Phi(A(w, D)), at w = 1 unless given
+    metric: float  # Phi(A(w, D)), at `weights`, or at w = 1
     params: Params  # A(w, D)
     losses: Tensor  # (steps,): minibatch k's loss before update k
 
@@ -225,10 +225,10 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
     With per_token=True w has an entry per token: tau is (N, L), and at w = 1 its row sums are the
-    per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1
-    (demos/estimators.py says what for). Method "unroll" is the definition, and the faster one;
-    "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and `group`)
-    gives the same numbers with less memory.
+    per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1 (at
+    1/2 it is less biased: demos/estimators.py). Method "unroll" is the definition, and the faster
+    one; "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and
+    `group`) gives the same numbers with less memory.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (a gradient of 0 is no error: tau is 0), and for a layer whose backward cannot
@@ -251,9 +251,9 @@ def _unroll(run, metric):
         losses.append(loss)
     phi, adjoint = _phi(run, metric, _leaf(params), losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
-    # to w alone. The initial parameters do not depend on w, so the first step needs d g / d w, but
-    # no Hessian-vector product.
-    g = [x for x in g.values() if x.requires_grad]  # the last step's, for a check
+    # to w. A g depends on its w, and by its parameters on earlier steps (a Hessian-vector product);
+    # the initial parameters depend on no w, so the first step needs d g / d w alone.
+    g = [x for x in g.values() if x.requires_grad]  # the last step's, for `_check_linear`
     tau, *of_g = _vjp(params.values(), [run.weights, *g], adjoint)  # (d params / d w)^T adjoint
     _check_linear(run, -1, tau.chunk(run.T)[-1], g, of_g)
     return tau, phi, params, losses
@@ -295,7 +295,7 @@ class TokenLogProbs(NamedTuple):
 
     log_probs: Tensor
     entropy: Tensor | None  # of the next-token distribution, nats
-    kl: Tensor | None  # KL(pi || reference) of the next-token distributions, nats
+    kl: Tensor | None  # KL(pi || reference) of these, both at `temperature`, nats
 
 
 def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0,
@@ -335,16 +335,17 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
 
     Groups are `group_size` adjacent rows: G, a prompt's samples, as in the paper's GRPO; N / T, an
     inner minibatch, since rewards of early and late steps differ in size; None, the whole batch.
-    baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of those
+    baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of the rows
     with a label at the same position. tau_j depends on x_i through the run they share, so both add
     bias, and as a rule lower the variance. Only where tau_j does not see x_i (T = 1, SGD, Phi
-    linear in the parameters) "loo" adds none. Of n rows, "mean" is (n - 1) / n times "loo".
+    linear in the parameters) "loo" adds none. Of n rows "mean" is (n - 1) / n times "loo"; a row
+    alone at its position (the longest text's end) gets 0 from "mean", and from "loo" its reward.
 
-    scale=True divides by the group's standard deviation about its mean: a step is as long whatever
-    the unit of Phi or the spread. It adds a bias of order 1/n; several groups weigh the same.
-    Rewards that differ by no more than rounding (1e-12 of the group's largest, 1e-5 in float32) are
-    equal: several equal rows get exactly 0 from "mean" and "loo", with scale also from "none". One
-    row alone has no spread: a group of one cannot be scaled."""
+    scale=True divides by the standard deviation about these means, one of all labels of the group:
+    a step is as long whatever the unit of Phi or the spread. Within a group it adds a bias of order
+    1/n; several groups weigh the same. Rewards that differ by no more than rounding (1e-12 of the
+    group's largest, 1e-5 in float32) are equal: such rows get exactly 0 from "mean" and "loo", and,
+    where all of a group are, with scale from "none" too. A group of one row cannot be scaled."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -354,7 +355,7 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
             reward = (tau * labels) @ torch.tril(discount ** (t[:, None] - t).clamp(min=0))
     labels = labels.view(-1, group_size or len(tau), labels.shape[1])  # (groups, size, positions)
     reward = reward.view_as(labels) * labels
-    # Divide by the largest reward of the group first: squares of 1e-20 do not exist in float32.
+    # Divide by the largest reward of the group first: the square of 1e-23 is 0 in float32.
     unit = reward.abs().amax((1, 2), keepdim=True)  # (groups, 1, 1)
     reward = reward / torch.where(unit > 0, unit, 1)
     n = labels.sum(1, keepdim=True)  # (groups, 1, positions)
@@ -375,8 +376,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
                          kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
-    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). With a token count instead of
-    N tokens of short texts would count more. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). Divided by its own count of
+    tokens, a short text's would count more. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
     sum_it KL_it, from `token_log_probs`, are terms of another objective than Phi; their gradient
     leaves out how theta changes which positions are visited, as is common."""
     _check(locals())
@@ -405,14 +406,15 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
              group: "dist.ProcessGroup | None" = None) -> StepResult:
     """One iteration of Algorithm 1: write a dataset, train on it, attribute, improve the writer.
 
-    `encode` makes the target's N training rows of what was written: partial(Rollouts.examples,
+    `encode` makes the target's training rows, one of each rollout: partial(Rollouts.examples,
     start=...) where the models share a tokenizer, or text encoded anew, padded on the right to a
     fixed length (then credit is per example). `reward` makes their `Attribution`:
-    partial(metagradient, target, metric=..., optimizer=...), each time from the same target, with
-    per_token=True where a `discount` is given, and a `microbatch` and `group` of its own. `policy`
-    and `policy_optimizer` are changed in place; pi_theta is the policy at `temperature`. Unlike
-    `advantages` it centres and scales by default: rewards may be 1e-9, and a plain step would do
-    nothing. Each step needs a `seed` of its own. `_Processes` tells of `group`."""
+    partial(metagradient, target, metric=..., optimizer=...), each time from the same target, a
+    copy, with per_token=True where a `discount` is given, and a `microbatch` and `group` of its
+    own. `policy` and `policy_optimizer` are changed in place; pi_theta is the policy at
+    `temperature`. Unlike `advantages` it centres and scales by default: rewards may be 1e-9, and a
+    plain step would do nothing; where all are 0 it warns. Each step needs a `seed` of its own.
+    `_Processes` tells of `group`."""
     _check(locals())
     crew, (tokens, mask) = _Processes(group), _pair(prompts)
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
@@ -440,7 +442,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
         (loss * len(part_credit) / len(credit)).backward()
         kl = entropy * math.nan if kl is None else kl
         totals += torch.stack([x.detach().sum() for x in (entropy, kl, part.mask)])
-    _update(policy, policy_optimizer, crew)  # along (1/N) sum_it A_it grad log pi_it
+    _update(policy, policy_optimizer, crew)  # a step up sum_it A_it grad log pi_it / N
     (totals,) = crew.sum([totals])
     return StepResult(written, attribution, credit, *(totals[:2] / totals[2]).tolist())
 
