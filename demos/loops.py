@@ -46,23 +46,19 @@ def draw(path):
         say(left + width / 2, TOP - 0.33, name, size=13)
         say(left + width / 2, BOTTOM + 0.27, what, size=8.5)
 
-    middle = {name: left + width / 2 for name, (left, width, *_) in BOXES.items()}
     names, level = list(BOXES), (TOP + BOTTOM) / 2
-    for (a, b), verb in zip(zip(names, names[1:]), ("writes", "", "")):
+    back = (r"$\tau_i$ is the reward", r"$\tau_i = d\Phi \, / \, dw_i$", r"$d\Phi$")
+    for (a, b), verb, slope in zip(zip(names, names[1:]), ("writes", "", ""), back):
         start, end = sum(BOXES[a][:2]) + 0.06, BOXES[b][0] - 0.06
-        arrow((start, level), (end, level), FORWARD)
-        say((start + end) / 2, level + 0.22, verb, FORWARD)
-    x = middle["inner"]  # the inner loop
+        arrow((start, level + 0.16), (end, level + 0.16), FORWARD)
+        arrow((end, level - 0.16), (start, level - 0.16), BACK)
+        say((start + end) / 2, level + 0.36, verb, FORWARD)
+        say((start + end) / 2, BOTTOM - 0.25, slope, BACK)
+    x = BOXES["inner"][0] + BOXES["inner"][1] / 2  # the inner loop
     arrow((x + 0.75, TOP + 0.05), (x - 0.75, TOP + 0.05), FORWARD, bend=1.0)
     say(x, TOP + 0.98, "inner loop: $T$ training steps", FORWARD)
-    y = 1.05  # the way back
-    axis.plot([middle["metric"]] * 2, [BOTTOM - 0.06, y], color=BACK, lw=1.8)
-    axis.plot([middle["metric"], middle["policy"]], [y, y], color=BACK, lw=1.8)
-    arrow((middle["policy"], y), (middle["policy"], BOTTOM - 0.06), BACK)
-    arrow((middle["data"], y), (middle["data"], BOTTOM - 0.06), BACK)
-    say((middle["data"] + middle["metric"]) / 2, 0.68,
-        r"differentiated back through the training:  $\tau_i = d\Phi \, / \, dw_i$", BACK)
-    say((middle["policy"] + middle["data"]) / 2, 0.68, r"outer loop: $\tau_i$ is the reward", BACK)
+    say(7, 0.8, "outer loop: the metric is differentiated back through all of the training, to the "
+        "weight of each text", BACK)
     figure.subplots_adjust(0, 0, 1, 1)
     figure.savefig(path, dpi=150, transparent=True)
     plt.close(figure)
