@@ -109,8 +109,8 @@ class AdamW:
 
     p <- p - lr * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
 
-    With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where a
-    gradient is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
+    With eps_root = 0 this is torch.optim.AdamW. Above 0 it keeps the derivative finite where
+    v_hat is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
     tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); by default it may be far larger.
@@ -188,10 +188,10 @@ def _loss(model, params, examples, weights, B):
 
         grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ].
 
-    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference. What it misses is
-    the bias of DPG (without what `advantages` may add): nothing where Phi(w) is affine in each w_i,
-    as at T = 1 with SGD and Phi linear in the parameters; else, relative to tau, less with a lower
-    lr or a smaller share 1/B of an example (SGD), or with a larger eps_root (AdamW)."""
+    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference. What it misses is,
+    times grad log pi(x_i) and on average, the bias of DPG (`advantages` may add to it): none where
+    Phi(w) is affine in each w_i, as at T = 1 with SGD and Phi linear in the parameters; else less
+    with a lower lr or a smaller share 1/B of an example (SGD), or a larger eps_root (AdamW)."""
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
     return (w * nll).sum() / (B * examples.tokens.shape[1])
@@ -225,15 +225,15 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     """tau = d Phi(A(w, D)) / d w at w = 1 (section 3.1), exact, by double backward.
 
     With per_token=True w has an entry per token: tau is (N, L), and at w = 1 its row sums are the
-    per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1 (at
-    1/2 it is less biased: demos/estimators.py). Method "unroll" is the definition, and the faster
-    one; "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and
-    `group`) gives the same numbers with less memory.
+    per-example tau. `weights`, of tau's shape, takes the derivative there instead of at 1 (what
+    for: "midpoint" in demos/estimators.py). Method "unroll" is the definition, and the faster one;
+    "replay" (`_replay`, which tells of `microbatch`, `checkpoint_every`, `offload` and `group`)
+    gives the same numbers with less memory.
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (a gradient of 0 is no error: tau is 0), and for a layer whose backward cannot
-    be differentiated; `NotFinite` for losses, Phi or tau not finite (with eps_root = 0 where a
-    gradient is exactly 0).
+    be differentiated; `NotFinite` for losses, Phi or tau not finite (with eps_root = 0 where
+    v_hat is exactly 0).
     """
     _check(locals())
     with torch.enable_grad(), _full_precision():
@@ -331,21 +331,22 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t), with which the
     policy gradient is exact: the row's losses that remain, of s < t, do not see x_it, for the
     target is causal. Below 1, what a token does to later losses, as context and by what is written
-    after it, counts too little, with 0 not at all: more bias, and as a rule less variance.
+    after it, counts too little, with 0 not at all: as a rule more bias and less variance.
 
     Groups are `group_size` adjacent rows: G, a prompt's samples, as in the paper's GRPO; N / T, an
     inner minibatch, since rewards of early and late steps differ in size; None, the whole batch.
     baseline "mean" subtracts the group's mean, "loo" the mean of the others; per token, of the rows
     with a label at the same position. tau_j depends on x_i through the run they share, so both add
-    bias, and as a rule lower the variance. Only where tau_j does not see x_i (T = 1, SGD, Phi
-    linear in the parameters) "loo" adds none. Of n rows "mean" is (n - 1) / n times "loo"; a row
-    alone at its position (the longest text's end) gets 0 from "mean", and from "loo" its reward.
+    bias, and as a rule lower the variance. Where tau_j does not see x_i (T = 1, SGD, Phi linear in
+    the parameters) "loo" adds none. Of n rows "mean" is (n - 1) / n times "loo"; a row alone at its
+    position (the longest text's end) gets 0 from "mean", and from "loo" its reward.
 
-    scale=True divides by the standard deviation about these means, one of all labels of the group:
-    a step is as long whatever the unit of Phi or the spread. Within a group it adds a bias of order
-    1/n; several groups weigh the same. Rewards that differ by no more than rounding (1e-12 of the
-    group's largest, 1e-5 in float32) are equal: such rows get exactly 0 from "mean" and "loo", and,
-    where all of a group are, with scale from "none" too. A group of one row cannot be scaled."""
+    scale=True divides by the standard deviation about the means, one for all labels of the group: a
+    step is as long whatever the unit of Phi or, centred, the spread. It adds a bias of order 1/n,
+    and at any n that several groups weigh the same. Rewards that differ by no more than rounding
+    (1e-12 of the group's largest, 1e-5 in float32) are equal: such rows get exactly 0 from "mean"
+    and "loo", and, where all of a group are, with scale from "none" too. A group of one row cannot
+    be scaled."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -376,10 +377,10 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
                          kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
-    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). Divided by its own count of
-    tokens, a short text's would count more. -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). Over its count of tokens a
+    text's sum would not be grad log pi(x_i). -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
     sum_it KL_it, from `token_log_probs`, are terms of another objective than Phi; their gradient
-    leaves out how theta changes which positions are visited, as is common."""
+    leaves out how theta changes which prefixes are visited."""
     _check(locals())
     terms = -advantages.detach().view(len(log_probs), -1) * log_probs
     terms = terms - (entropy_coef * entropy if entropy_coef else 0)
@@ -421,7 +422,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     examples = encode(rollouts)
-    with _in_training(policy):
+    with _in_training(policy):  # refuses a target in the policy's memory
         attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
     _check_attribution(attribution, examples, rollouts, crew)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
