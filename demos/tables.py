@@ -36,8 +36,8 @@ ROOT = records.DEMOS.parent
 READMES, RUNS = (ROOT / "README.md", ROOT / "demos/README.md"), ROOT / "runs/tables"
 TEN, THREE = range(100, 110), range(100, 103)
 # Of these demos, earlier ones were seen before the last change of their settings.
-UUIDS, SIXTY_SEVEN, LANGUAGE, CODES, TWELVE = (
-    range(180, 200), range(120, 140), range(110, 115), range(105, 110), range(120, 124))
+UUIDS, SIXTY_SEVEN, LANGUAGE, CODES, TWELVE, WHOLE = (range(180, 200), range(120, 140), range(
+    110, 115), range(105, 110), range(120, 124), range(124, 126))
 
 
 # -------------------------------------------------------------------------- what a table is made of
@@ -120,8 +120,13 @@ def digits(seed):
     return {"text": "".join(random.Random(seed).choices("0123456789", k=10))}
 
 
-def twelve(seed):
-    return {"code": importlib.import_module("demos.smollm2").drawn(seed, 12)}
+def twelve(seed, length=12):
+    return {"code": importlib.import_module("demos.smollm2").drawn(seed, length)}
+
+
+def whole(seed):
+    text = twelve(seed, 32)["code"]
+    return {"code": "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))}
 
 
 def untrained(record):
@@ -241,7 +246,10 @@ TABLES = {
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
         *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items()),
         Row("**DPG**, twelve characters", "smollm2", SMOLLM2, TWELVE, twelve),
-        Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, twelve, untrained)]),
+        Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, twelve, untrained),
+        Row("**DPG**, as long as a UUID", "smollm2", f"{SMOLLM2} --steps 200", WHOLE, whole),
+        Row("untrained generator, the same codes", "smollm2", f"{SMOLLM2} --steps 200", WHOLE,
+            whole, untrained)]),
     "language": Table("Phi in, reward", [
         Column("in the language", spread("fraction_after")),
         Column("correct", spread("correct_after", 2)),
