@@ -165,9 +165,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
 def _train(run, z, steps, graph=None):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step. graph="run" keeps that of the whole
-    run, back to w, each g with its own (create_graph=True): through it the run is differentiated a
-    second time. "update" keeps that of each update, from z and g (`_replay`); None keeps none."""
+    Yields z, the gradient g, the loss, and z after the step. graph="run" keeps autograd's graph of
+    the whole run, back to w, through each g (create_graph=True), which is a derivative already.
+    "update" keeps that of each update alone, from z and g (`_replay`); None keeps none."""
     for k in steps:
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
         z, g = _leaf((z, g)) if graph == "update" else (z, g)
@@ -1143,8 +1143,7 @@ class _Call(dict):
                 and not torch.is_inference_mode_enabled() and self.apart(x))
 
     def apart(self, x):
-        """Whether no update of a policy moves x: a target would drift, the KL to a reference be
-        0."""
+        """Whether no update of a policy moves x: else targets drift, and the KL to x is 0."""
         moved = _memory(self["policy"]) if "policy" in self else _MOVED.get()
         return moved.isdisjoint(p.data_ptr() for p in x.parameters())
 

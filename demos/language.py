@@ -6,7 +6,7 @@ comes to answer in that language, and goes on saying what it was asked to say.
 
 The README has the results over seeds, with controls: a table that demos/tables.py makes.
 
-The generator knows the language: it answers 5 to 13 % of the requests in it before any training.
+The generator knows the language: it answers 8 to 10 % of the requests in it before any training.
 """
 import pathlib
 import sys

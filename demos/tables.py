@@ -120,12 +120,12 @@ def digits(seed):
     return {"text": "".join(random.Random(seed).choices("0123456789", k=10))}
 
 
-def twelve(seed, length=12):
+def code(seed, length=12):
     return {"code": importlib.import_module("demos.smollm2").drawn(seed, length)}
 
 
 def whole(seed):
-    text = twelve(seed, 32)["code"]
+    text = code(seed, 32)["code"]
     return {"code": "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))}
 
 
@@ -245,8 +245,8 @@ TABLES = {
         Row("**DPG**", "smollm2", SMOLLM2, CODES),
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
         *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items()),
-        Row("**DPG**, twelve characters", "smollm2", SMOLLM2, TWELVE, twelve),
-        Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, twelve, untrained),
+        Row("**DPG**, twelve characters", "smollm2", SMOLLM2, TWELVE, code),
+        Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, code, untrained),
         Row("**DPG**, as long as a UUID", "smollm2", f"{SMOLLM2} --steps 200", WHOLE, whole),
         Row("untrained generator, the same codes", "smollm2", f"{SMOLLM2} --steps 200", WHOLE,
             whole, untrained)]),
