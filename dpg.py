@@ -54,7 +54,6 @@ Usage (a test runs this):
 """
 
 import contextlib
-import contextvars
 import functools
 import inspect
 import math
@@ -422,8 +421,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     examples = encode(rollouts)
-    with _in_training(policy):  # refuses a target in the policy's memory
-        attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
+    attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
     _check_attribution(attribution, examples, rollouts, crew)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
@@ -481,7 +479,8 @@ class _Run:
             _require(all(g is None for g in grads[len(own):]), "model: it reads a parameter by "
                      "another way than its module's attribute, past torch.func.functional_call")
             self.reached |= {k for k, g in zip(params, grads) if g is not None}
-            yield [*_zeros(grads[:len(own)], params.values()), loss.detach()]
+            yield [*(_nothing(p) if g is None else g for g, p in zip(grads, params.values())),
+                   loss.detach()]
 
     def gradient(self, k, params, graph=False):
         """d loss_k / d params, and loss_k; with a graph it can be differentiated in both."""
@@ -524,11 +523,6 @@ def _replay(run, metric, every, offload):
             for j, (z, g, loss, after) in enumerate(
                     _train(run, z, range(first, k + 1), "update"), first):
                 kept[j] = z, g, after
-            # They end where they ended, on a CPU; a GPU may add in another order.
-            _require(all((x - y).norm() <= 0.01 * (x - before).norm() for x, y, before in zip(
-                after[0].values(), ahead, z[0].values())), f"optimizer: step {k}, computed again, "
-                "ends elsewhere; its update must be a pure function")
-        ahead = kept[k][0][0].values()
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
     return torch.cat(taus), phi, params, losses
@@ -545,7 +539,8 @@ def _back(run, k, z, g, after, adjoint):
     # d <gradient, of_g> / d w_k, and / d params, a Hessian-vector product
     tau, *products = _total(_vjp(part[:-1], [run.batches[k][2], *params], of_g)
                             for part in run.parts(k, z[0], graph=True))
-    _check_linear(run, k, tau, g.values(), of_g)
+    if k == run.T - 1:
+        _check_linear(run, k, tau, g.values(), of_g)
     return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
 
 
@@ -571,10 +566,11 @@ def _tangents(run, params, g, of_g):
 def _linear(run, k, tau, g, of_g):
     """Whether <w_k, tau_k> = <g_k, of_g>, as it must be, for g_k is linear in w_k: not where the
     backward of a layer cannot be differentiated, as many fused kernels' can not."""
-    each = run.batches[k][2].detach() * tau
-    total, size = run.crew.sum([each.sum(), each.abs().sum()])
-    wanted, terms = (sum(f(a * b) for a, b in zip(g, of_g))
-                     for f in (torch.sum, lambda x: x.abs().sum()))
+    def sums(products):  # and of their sizes, one at a time
+        return map(sum, zip(*((x.sum(), x.abs().sum()) for x in products)))
+
+    total, size = run.crew.sum([*sums([run.batches[k][2].detach() * tau])])
+    wanted, terms = sums(map(torch.mul, g, of_g))
     rounding = 100 * torch.finfo(tau.dtype).eps * terms
     return not (total - wanted).abs() > 1e-4 * size + rounding  # NaN is told by `_check_tau`
 
@@ -603,11 +599,6 @@ def _vjp(outputs, inputs, adjoints):
     pairs = [(x, a) for x, a in zip(outputs, adjoints, strict=True) if x.requires_grad]
     return torch.autograd.grad([x for x, _ in pairs], inputs, [a for _, a in pairs],
                                allow_unused=True, materialize_grads=True)
-
-
-def _zeros(grads, likes):
-    """Gradients with 0 for None, which autograd gives for what is not reached."""
-    return [_nothing(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
 
 
 def _nothing(x):
@@ -660,6 +651,7 @@ def _logits(model, params, tokens):
     _require(set(names.values()) <= set(params), "metric: its model has parameters that those it "
              "is given do not name; is it the target?")
     params = {slot: params[name] for slot, name in slots.items()}
+    params |= {k: x.clone() for k, x in model.named_buffers()}  # the model's own stay as they are
     options = _accepted(model, use_cache=False) if hasattr(model, "config") else {}
     # Activation checkpointing computes anew after `functional_call` has put the model's own
     # parameters back: it would be wrong in silence. It works by hooks.
@@ -760,58 +752,44 @@ def _read(model, tokens, mask, keep, cache=None, use_cache=True):
     it has one of all that it read. What is in the `cache` given is not read again."""
     # Padding is on the left: places count from a prompt's first real token.
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    new = slice(_held(cache), None)
+    new = slice(0 if cache is None else cache.get_seq_length(), None)
     options = _accepted(model, position_ids=places[:, new], past_key_values=cache,
                         use_cache=use_cache, logits_to_keep=keep)
     out = model(tokens[:, new], attention_mask=mask, **options)
-    _require(cache is None or _held(cache) == tokens.shape[1],
-             "model: its forward takes past_key_values, but does not hand them on")
+    # Recurrent states have no such cache, and a wrapper's has tokens of its own: read all again.
     cache = getattr(out, "past_key_values", None) if "past_key_values" in options else None
-    whole = _held(cache) == tokens.shape[1]  # a wrapper may add tokens of its own
+    usable = getattr(cache, "is_croppable", False) and cache.get_seq_length() == tokens.shape[1]
     logits = out.logits[:, -keep:]  # drawn from in float32, whatever the model's type
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache if whole else None
-
-
-def _held(cache):
-    """How many tokens a cache holds; 0 where it cannot say, as one of recurrent states alone."""
-    try:
-        return cache.get_seq_length()
-    except (AttributeError, ValueError):
-        return 0
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits, cache if usable else None
 
 
 def _prefix(model, tokens, mask, length):
     """The keys and values of prompts but for their last token, computed once for all samples of
-    one; differentiable. None where texts of `length` are no shorter, and little would be saved,
-    and where a model keeps no such cache (recurrent states). Held equal by test_12."""
+    one; differentiable. None where texts of `length` are no shorter, and little would be saved.
+    Held equal by test_12."""
     rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
     if tokens.shape[1] <= length or len(rows) == len(tokens):
         return None
-    tokens, mask = (x[:, :-1] for x in rows.chunk(2, 1))
-    cache = _read(model, tokens, mask, 1)[1]
-    if not getattr(cache, "is_croppable", False):
-        return None
-    cache.reorder_cache(of)
+    cache = _read(model, *(x[:, :-1] for x in rows.chunk(2, 1)), 1)[1]
+    if cache is not None:
+        cache.reorder_cache(of)
     return cache
 
 
 @contextlib.contextmanager
 def _pure(model):
-    """Refuses what makes each call another function: noise, for it draws from a global random
-    state, and statistics of a batch, for they change a buffer."""
+    """Refuses a model that draws from a global random state: each call is another function."""
     def draws():
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
     devices = {x.device for x in model.parameters() if x.is_cuda}
-    before, buffers = draws(), {k: x.clone() for k, x in model.named_buffers()}
+    before = draws()
     yield
-    after = dict(model.named_buffers())  # there may be new ones, as of long rotations
-    still = all(map(torch.equal, before, draws())) and all(
-        k in after and _equal(x, after[k]) for k, x in buffers.items())
+    still = all(map(torch.equal, before, draws()))
     torch.set_rng_state(before[0])
-    _require(still, f"model: a {type(model).__name__} (target, policy or "
-             "reference) draws random numbers (dropout?) or changes its buffers (batch "
-             "normalization?); call its eval()")
+    _require(still, f"model: a {type(model).__name__} (target, policy or reference) draws random "
+             "numbers (dropout?); call its eval()")
 
 
 @contextlib.contextmanager
@@ -875,24 +853,6 @@ class _Processes:
         return torch.stack(parts, 1).flatten(0, 2).to(x.device)
 
 
-_MOVED = contextvars.ContextVar("what the updates of the policy in training move", default=set())
-
-
-def _memory(policy):
-    """Where the parameters lie that are trained."""
-    return {p.data_ptr() for p in policy.parameters() if p.requires_grad and p.numel()}
-
-
-@contextlib.contextmanager
-def _in_training(policy):
-    """Meanwhile a target that shares memory with what the policy's updates move is refused."""
-    before = _MOVED.set(_memory(policy))
-    try:
-        yield
-    finally:
-        _MOVED.reset(before)
-
-
 def _update(policy, optimizer, crew):
     """A step of the policy's optimizer, with the gradients of all processes; all stop, or none."""
     reached = crew.everyones([p.grad is not None for p in policy.parameters()])
@@ -935,17 +895,16 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     within `tolerance`; a label sees a later token, or another row; two equal calls differ; the
     model was changed."""
     _check(locals())
-    before, taus = {k: x.detach().clone() for k, x in _state(model)}, []
-    for place in (0, 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + place)
-            taus.append(metagradient(model, examples, metric, optimizer, steps=steps,
-                                     per_token=per_token, method=method).tau)
-    tau, size, fine = taus[0], taus[0].double().norm().item(), taus[0].dtype == torch.float64
+    state = [*model.parameters(), *model.buffers()]
+    before = [x.detach().clone() for x in state]
+    with torch.random.fork_rng():  # a metric may draw from it, and differ
+        tau, again = (metagradient(model, examples, metric, optimizer, steps=steps,
+                                   per_token=per_token, method=method).tau for _ in range(2))
+    size, fine = tau.double().norm().item(), tau.dtype == torch.float64
     _require(0 < size < math.inf, f"metric: tau has norm {size}, there is nothing to compare; does "
              "no example reach what it reads, or is it at its limit?")
-    _require((tau - taus[1]).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal"
-             " calls differ; call model.eval(), or find what remembers or draws random numbers")
+    _require((tau - again).norm() <= (1e-8 if fine else 1e-4) * size, "model or metric: two equal "
+             "calls differ; call model.eval(), or find what remembers or draws random numbers")
     tokens, half = examples.tokens[:, :-1], examples.tokens.shape[1] // 2
     way = torch.randn(tau.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     way = way.to(tau) * (examples.mask if per_token else 1)
@@ -968,8 +927,7 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     rough, slope = (16 * near - far) / 15, (16 * nearest - near) / 15  # of fourth order
     bound = max(2 * (abs(rough - slope) + 16 / h * noise) / size, 1e-6 if fine else 2e-3)
     off = abs((tau * way).sum().item() - slope) / size
-    changed = [k for k, x in _state(model) if k not in before or not _equal(x, before[k])]
-    _require(not changed, f"model: {changed[:3]} changed in a call")
+    _require(all(map(torch.equal, state, before)), "model: a parameter or buffer was changed")
     _require(bound <= tolerance, f"model or metric: differences of Phi in {tau.dtype} are good to "
              f"{bound:.0%} of tau, and cannot tell; does the metric see what training changes? in "
              "float32 check copy.deepcopy(model).double()")
@@ -1025,7 +983,8 @@ def _phi(run, metric, params, losses):
     reads = run.reached & {k for k, a in zip(params, adjoint) if a is not None}
     _require(any(run.crew.everyones(bool(reads))), "metric does not depend on any parameter that "
              "training on the examples changes; does it run the model with those it is given?")
-    return phi.detach(), _zeros(adjoint, params.values())
+    adjoint = [_nothing(p) if a is None else a for a, p in zip(adjoint, params.values())]
+    return phi.detach(), adjoint
 
 
 def _check_linear(run, k, tau, g, of_g):
@@ -1051,14 +1010,6 @@ def _check_attribution(found, examples, rollouts, crew):
     _require(found.tau.ndim == 1 or rows.shape == rollouts.tokens.shape and (
         (rows == rollouts.tokens) | (rollouts.mask == 0)).all(), "encode: where tau is per token "
         "its rows must be a start token and then the tokens that were written")
-
-
-def _state(model):
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-
-
-def _equal(a, b):
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _require(condition, message, error=ValueError):
@@ -1140,12 +1091,14 @@ class _Call(dict):
                     None, "eager", "sdpa")
                 and not any(p._backward_hooks for p in x.parameters())  # a run has its own
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
-                and not torch.is_inference_mode_enabled() and self.apart(x))
+                and not torch.is_inference_mode_enabled())
 
     def apart(self, x):
-        """Whether no update of a policy moves x: else targets drift, and the KL to x is 0."""
-        moved = _memory(self["policy"]) if "policy" in self else _MOVED.get()
-        return moved.isdisjoint(p.data_ptr() for p in x.parameters())
+        """Whether no update of the policy moves x, if x is a model: the target must not drift, and
+        the KL to a reference in the same memory would be 0."""
+        moved = {p.data_ptr() for p in self["policy"].parameters() if p.requires_grad}
+        return not isinstance(x, nn.Module) or moved.isdisjoint(
+            p.data_ptr() for p in x.parameters() if p.numel())
 
     def group(self, x):
         crew, model = _Processes(x), self.get("model", self.get("policy"))
@@ -1167,9 +1120,9 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("entropy", 0) is not None)),
     ("kl_coef", "a number, at least 0; above 0 it needs kl, in `dpg_step` a reference",
      lambda c, x: _real(x) and (x == 0 or x > 0 and c.get("kl", c.get("reference")) is not None)),
-    ("discount", "in [0, 1] where tau is per token, None where it is per example",
-     lambda c, x: (x is None) == (c["tau"].ndim == 1 if "tau" in c else x is None)
-     and (x is None or _real(x) and 0 <= x <= 1)),
+    ("discount", "in [0, 1] where tau is per token, None where it is per example", lambda c, x:
+     (x is None or _real(x) and 0 <= x <= 1)
+     and ("tau" not in c or c["tau"].ndim == 1 + (x is not None))),
     ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
     ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
      and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
@@ -1188,7 +1141,9 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
     ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
-    ("metric encode reward", "a function", lambda c, x: callable(x)),
+    ("metric encode", "a function", lambda c, x: callable(x)),
+    ("reward", "a function, with a copy of the policy (copy.deepcopy), not itself, for a target",
+     lambda c, x: callable(x) and all(map(c.apart, getattr(x, "args", ())))),
     ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
      lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",
@@ -1198,12 +1153,11 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
      '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
      "with a padding_idx), none with a hook, max_norm or scale_grad_by_freq, outside of "
-     "torch.autocast and torch.inference_mode, and in a reward a copy (copy.deepcopy) that the "
-     "policy's update does not move; a policy " + _POLICY,
+     "torch.autocast and torch.inference_mode; a policy " + _POLICY,
      lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
-     lambda c, x: x.generation_config and c.apart(x)),
+     lambda c, x: x.generation_config and ("policy" not in c or c.apart(x))),
     ("group?", "a process group: one model and examples of one shape on all its processes, a number"
      " of prompts that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"

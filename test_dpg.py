@@ -876,7 +876,8 @@ def calls():
             kl=[real * INF], entropy_coef=[0.1], kl_coef=[0.1]),
         partial(policy_gradient_loss, real, real, ones, entropy=real, entropy_coef=0.1, kl=real,
                 kl_coef=0.1): {},
-        step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reference=[
+        step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reward=[
+            partial(metagradient, model) for model in (policy, same)], reference=[
             nn.ReLU(), policy, same], policy_optimizer=[
             torch.optim.SGD(gpt2().parameters()),
             torch.optim.SGD(policy.parameters(), maximize=True)]),
@@ -1430,8 +1431,8 @@ def test_12_how_often_a_replay_computes_a_step():
 
 
 def test_12_an_optimizer_of_ones_own():
-    """Its state may be a list, its dicts may be written to, a parameter may stay. One with a memory
-    elsewhere, and a state that cannot be taken apart, are refused by a replay."""
+    """Its state may be a list, its dicts may be written to, a parameter may stay. A state
+    that cannot be taken apart is refused by a replay."""
     def update(params, grads, state):
         speed, *_, step = state
         for k in params:
@@ -1445,11 +1446,7 @@ def test_12_an_optimizer_of_ones_own():
         lambda params: [{k: torch.zeros_like(p) for k, p in params.items()}, "heavy ball", None,
                         torch.tensor(0)],
         lambda params: types.SimpleNamespace(speed=params)))
-    opaque.update, calls = lambda params, grads, state: (params, state), []
-    counting, slower = (types.SimpleNamespace(
-        init=lambda params: {}, update=lambda params, grads, state, lr=lr: (
-            calls.append(1), SGD(lr(len(calls))).update(params, grads, state))[1])
-        for lr in (lambda n: 0.1 * n, lambda n: 1e-4 / n))  # the losses of the second hardly tell
+    opaque.update = lambda params, grads, state: (params, state)
     model, data = filled(Bare(), 0), batch(0, n=8)
     check_differences(metagradient, model, data, linear(model), own, 4)
     run = partial(metagradient, model, data, linear(model), steps=4)
@@ -1457,8 +1454,6 @@ def test_12_an_optimizer_of_ones_own():
         close(run(own, method="replay", checkpoint_every=every, offload=True).tau, run(own).tau,
               1e-12)
     refused("optimizer: its state", run, opaque, method="replay")
-    for own, how in (counting, dict(checkpoint_every=3)), (slower, dict(offload=True)):
-        refused("optimizer: step 2", run, own, method="replay", **how)
 
 
 class Largest(TorchDispatchMode):
@@ -1886,22 +1881,6 @@ def test_13_where_numbers_end(method):
             rootless, method=method, error=NotFinite)
 
 
-def test_13_a_target_is_not_what_the_policys_update_moves():
-    policy, same, tau = gpt2(seed=3), gpt2(), Attribution(torch.zeros(8), 0.0, {}, torch.ones(1))
-    same.load_state_dict(policy.state_dict(), assign=True)  # other objects, in one memory
-    step = partial(plain_step, policy, encode=partial(Rollouts.examples, start=1))
-    before, how = flat(start(policy)), (lm_metric(gpt2(), batch(0)), SGD(0.1))
-    for target in policy, same, Wrapper(policy):
-        refused("model .*copy", step, lambda D: metagradient(target, D, *how))
-    with pytest.warns(match="tau is 0"):  # nor is nothing learned in silence
-        step(lambda _: tau)
-    assert torch.equal(flat(start(policy)), before)
-    assert metagradient(policy, batch(0), *how).tau.any()  # apart from a step it may be one
-    policy.transformer.wte.requires_grad_(False)
-    twin = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
-    step(lambda D: metagradient(twin, D, *how))  # what is frozen may be shared
-
-
 def test_13_no_step_of_the_generator_on_what_is_not_finite():
     policy = gpt2(4, seed=3)
     before, step = flat(start(policy)), partial(
@@ -1909,6 +1888,8 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
         refused("tau|mask|discount", step, lambda _: Attribution(tau, 0.0, {}, tau))
     refused("reward must return", step, lambda _: torch.ones(2))
+    with pytest.warns(match="tau is 0"):  # nor is nothing learned in silence
+        step(lambda _: Attribution(torch.zeros(2), 0.0, {}, torch.ones(1)))
     per_token = Attribution(torch.ones(2, 5), 0.0, {}, torch.ones(1))  # of text encoded anew
     refused("encode: where tau is per token", step, lambda _: per_token, discount=0.5,
             encode=lambda rollouts: rollouts._replace(tokens=rollouts.tokens + 1).examples(1))
@@ -2005,11 +1986,9 @@ def test_14_check_target_passes_what_is_right(model, seed, optimizer, per_token,
     ("later tokens", altered(lambda model, tokens: model.head(model.embed(tokens).cumsum(1)[:, (
         torch.arange(tokens.shape[1]) | 1).clamp(max=tokens.shape[1] - 1)].tanh()))),  # in pairs
     ("draws random numbers", GPT2LMHeadModel(gpt2().config).train()),
-    ("changes its buffers", altered(normed, norm=nn.BatchNorm1d(4)).train()),
-    *(("changes its buffers", altered(lambda model, tokens, change=change: (
-        change(model), Bare.forward(model, tokens))[1], mean=nn.Buffer(torch.ones(2))))
-      for change in (lambda model: setattr(model, "mean", 0.9 * model.mean),
-                     lambda model: model.mean.data.mul_(0.9))),
+    ("other rows", altered(normed, norm=nn.BatchNorm1d(4)).train()),
+    ("was changed", altered(lambda model, tokens: Bare.forward(model, tokens) + 0 * (
+        model.also[0].add_(1).sum()), also=[still := nn.Buffer(randn(0, 2))], still=still)),
     ("other rows", altered(normed, norm=nn.BatchNorm1d(4, track_running_stats=False)))])
 def test_14_check_target_says_what_is_wrong(why, model):
     before = torch.get_rng_state()
@@ -2036,16 +2015,16 @@ def test_14_check_target_does_not_pass_what_it_cannot_tell():
 
 
 def test_14_check_target_passes_what_looks_wrong():
-    """A chaotic run, a buffer that is written to but stays, as of long rotations, and a metric in
-    float32 of a model in float64."""
-    def same(model, tokens):
-        model.still.copy_(model.still.clone())
-        return Bare.forward(model, tokens)
-
+    """A chaotic run, a metric in float32 of a model in float64, and buffers that a call changes:
+    each begins with the model's own, which stay."""
     wild, probe = filled(Bare(), 1), torch.ones(4, 2, dtype=torch.float32)
     run = partial(check_target, wild, batch(1, n=16), optimizer=SGD(100.0), steps=8)
     assert run(metric=lm_metric(wild, batch(50))) < 1e-5
-    assert checked(altered(same, still=nn.Buffer(torch.ones(2)))) < 1e-6
+    for change in (lambda model: setattr(model, "mean", 0.9 * model.mean),
+                   lambda model: model.mean.data.mul_(0.9)):
+        changing = altered(lambda model, tokens: (change(model), Bare.forward(
+            model, tokens) * model.mean.sum())[1], mean=nn.Buffer(torch.ones(2)))
+        assert checked(changing) < 1e-6 and (changing.mean == 1).all()
     assert check_target(wild, batch(3), lambda params: (functional_call(
         wild, params, (batch(50).tokens,)).float() @ probe).sin().mean(), SGD(0.1)) < 1e-6
 
@@ -2097,8 +2076,7 @@ def test_14_what_a_wrapper_keeps_from_its_model():
         assert torch.equal(generate(one, prompts, **how).tokens, generate(
             other, prompts, **how).tokens)
         close(token_log_probs(one, rollouts), token_log_probs(other, rollouts), 1e-12)
-    refused("hand them on", token_log_probs, lossy, rollouts)
-    refused("hand them on", generate, lossy, prompts, **how)
+    refused("token_log_probs", check_policy, lossy, prompts, max_new_tokens=3)
 
 
 def test_14_improbable_tokens_are_drawn():
