@@ -80,7 +80,8 @@ Optimizer = object  # SGD, AdamW, or one of your own whose `init` and `update` a
 # ============================================================================= room 1: the method
 
 class Examples(NamedTuple):
-    """A dataset D (section 3.1): rows of token ids, and which of them are labels of the loss."""
+    """A dataset D (section 3.1): rows of token ids, padded on the right, and which of them are
+    labels of the loss."""
 
     tokens: Tensor  # (N, L) int64
     mask: Tensor  # (N, L) bool, int or 0/1 float; column 0 has nothing to predict it from, so 0
@@ -231,8 +232,8 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (a gradient of 0 is no error: tau is 0), and for a layer whose backward cannot
-    be differentiated; `NotFinite` for losses, Phi or tau not finite (with eps_root = 0 where
-    v_hat is exactly 0).
+    be differentiated (what it takes for a constant `check_target` alone can see); `NotFinite` for
+    losses, Phi or tau not finite (with eps_root = 0 where v_hat is exactly 0).
     """
     _check(locals())
     with torch.enable_grad(), _full_precision():
@@ -539,8 +540,7 @@ def _back(run, k, z, g, after, adjoint):
     # d <gradient, of_g> / d w_k, and / d params, a Hessian-vector product
     tau, *products = _total(_vjp(part[:-1], [run.batches[k][2], *params], of_g)
                             for part in run.parts(k, z[0], graph=True))
-    if k == run.T - 1:
-        _check_linear(run, k, tau, g.values(), of_g)
+    _check_linear(run, k, tau, g.values(), of_g)
     return tau, [*map(torch.add, of_z, run.crew.sum(products)), *of_z[len(products):]]
 
 
@@ -566,11 +566,10 @@ def _tangents(run, params, g, of_g):
 def _linear(run, k, tau, g, of_g):
     """Whether <w_k, tau_k> = <g_k, of_g>, as it must be, for g_k is linear in w_k: not where the
     backward of a layer cannot be differentiated, as many fused kernels' can not."""
-    def sums(products):  # and of their sizes, one at a time
-        return map(sum, zip(*((x.sum(), x.abs().sum()) for x in products)))
-
-    total, size = run.crew.sum([*sums([run.batches[k][2].detach() * tau])])
-    wanted, terms = sums(map(torch.mul, g, of_g))
+    each = run.batches[k][2].detach() * tau
+    total, size = run.crew.sum([each.sum(), each.abs().sum()])
+    products = map(torch.mul, g, of_g)  # one at a time
+    wanted, terms = map(sum, zip(*((x.sum(), x.norm(1)) for x in products)))
     rounding = 100 * torch.finfo(tau.dtype).eps * terms
     return not (total - wanted).abs() > 1e-4 * size + rounding  # NaN is told by `_check_tau`
 
@@ -855,14 +854,20 @@ class _Processes:
 
 def _update(policy, optimizer, crew):
     """A step of the policy's optimizer, with the gradients of all processes; all stop, or none."""
-    reached = crew.everyones([p.grad is not None for p in policy.parameters()])
+    reached, coarse = crew.everyones([p.grad is not None for p in policy.parameters()]), []
     for (name, p), *somewhere in zip(policy.named_parameters(), *reached, strict=True):
         if any(somewhere):
             p.grad, = crew.sum([torch.zeros_like(p) if p.grad is None else p.grad])
             _require(p.grad.isfinite().all(), f"policy: the gradient of {name} is not finite, its "
                      "training diverged (lower the rate of policy_optimizer); nothing was changed",
                      NotFinite)
+            coarse += [(p, p.detach().clone())] if p.element_size() < 4 else []
     optimizer.step()
+    meant = sum((p.grad != 0).sum() for p, _ in coarse)
+    moved = sum((p != before).sum() for p, before in coarse)
+    if moved < 0.5 * meant:
+        warnings.warn(f"policy: only {moved / meant:.0%} of its half-precision weights moved, for "
+                      "a step is below their spacing: train it in float32, or at a higher rate")
 
 
 # ============================================================================== room 3: the checks
@@ -1143,7 +1148,8 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
     ("metric encode", "a function", lambda c, x: callable(x)),
     ("reward", "a function, with a copy of the policy (copy.deepcopy), not itself, for a target",
-     lambda c, x: callable(x) and all(map(c.apart, getattr(x, "args", ())))),
+     lambda c, x: callable(x) and all(map(c.apart, [*getattr(x, "args", ()), *getattr(
+         x, "keywords", {}).values()]))),
     ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
      lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",

@@ -877,7 +877,7 @@ def calls():
         partial(policy_gradient_loss, real, real, ones, entropy=real, entropy_coef=0.1, kl=real,
                 kl_coef=0.1): {},
         step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reward=[
-            partial(metagradient, model) for model in (policy, same)], reference=[
+            partial(metagradient, policy), partial(metagradient, model=same)], reference=[
             nn.ReLU(), policy, same], policy_optimizer=[
             torch.optim.SGD(gpt2().parameters()),
             torch.optim.SGD(policy.parameters(), maximize=True)]),
@@ -1699,6 +1699,8 @@ def test_12_two_tokenizers(shortened, tmp_path):
     texts = [" the king buys a book", " the king", ""]
     rows = here.tokenizer([text + here.tokenizer.eos_token for text in texts], padding=True,
                          padding_side="right", return_tensors="pt")
+    whole = here.encode(Rollouts(*[rows.input_ids, rows.attention_mask] * 2))
+    assert [row[labels.bool()][-1] for row, labels in zip(*whole)] == [here.end] * 3
     tokens, mask = rows.input_ids[:, :-1], rows.attention_mask[:, :-1]  # cuts the first one's end
     rollouts = Rollouts(tokens, mask, tokens, mask)
     rows = here.encode(rollouts)
@@ -1897,6 +1899,15 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
     refused("gradient of transformer.wte.weight", step, lambda _: Attribution(
         torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1)), error=NotFinite)
     assert torch.equal(flat(start(policy)), before)
+
+
+@pytest.mark.filterwarnings("error:policy")
+def test_13_a_policy_that_does_not_move_in_half_precision_says_so():
+    step = partial(plain_step, optimizer=torch.optim.AdamW)
+    with pytest.warns(match="policy: only .* in float32, or at a higher rate"):
+        step(gpt2(53, seed=3).bfloat16(), lr=1e-6)
+    step(gpt2(53, seed=3).bfloat16(), lr=1e-2)
+    step(gpt2(53, seed=3).float(), lr=1e-6)
 
 
 def test_13_temperature_0_and_masks_of_any_type():

@@ -210,9 +210,10 @@ class Models:
                         for tokenizer in (self.tokenizer, self.target_tokenizer))
         length = math.ceil(1.5 * theirs / ours * rollouts.tokens.shape[1]) + 1
         rows = self.target_tokenizer(self.texts(rollouts), add_special_tokens=False).input_ids
-        full = rollouts.mask.all(1).tolist()  # cut off: the end of the text is not known
-        return self.rows([(row + [self.end] * (not row or not cut))[:length - 1]
-                          for row, cut in zip(rows, full)], length)
+        ends = rollouts.tokens.new_tensor(self.policy.generation_config.eos_token_id)
+        ended = torch.isin(rollouts.tokens[:, -1], ends) | ~rollouts.mask.all(1)
+        return self.rows([(row + [self.end] * (not row or whole))[:length - 1]
+                          for row, whole in zip(rows, ended.tolist())], length)
 
     def examples(self, texts):
         """Rows [start] + text as labels, to measure a likelihood on."""

@@ -25,7 +25,7 @@ import dpg
 from demos import options, strings
 from demos.run import Run
 
-SETTINGS, INNER, SGD_LR = strings.SMOLLM2, strings.SMOLLM2_INNER, 1.0
+SETTINGS, INNER, SGD_LR = strings.SMOLLM2, strings.SMOLLM2_INNER, 0.1
 LENGTH = 6  # characters of a code
 
 

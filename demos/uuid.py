@@ -26,7 +26,7 @@ from demos import corpus, options, strings
 from demos.run import Run
 
 UUID = "7c9e64d1-05ba-4f82-b36d-e8a1f20795c3"  # of seed 0
-T, INNER, SGD_LR = 8, dpg.AdamW(5e-4, eps_root=3e-4), 1.0
+T, INNER, SGD_LR = 8, dpg.AdamW(5e-4, eps_root=3e-4), 0.03  # about lr / sqrt(eps_root)
 # The pull towards the untrained generator keeps words out of the UUID while its digits settle;
 # where it stays, every tenth answer is a sentence, where it goes, words come back as filling.
 # At a temperature above 1 a digit is still tried anew when its neighbours have settled; the scores
