@@ -23,7 +23,7 @@ text; test_dpg.py holds it against finite differences and exact enumeration.
     Phi         metric                  callable(parameters) -> scalar, to maximise
     tau         Attribution.tau         the metagradient, the reward                (N,) or (N, L)
     pi_theta    policy                  the generator, a causal transformers model
-    x_i         Rollouts.tokens         what the policy wrote; row i of D is of it  (N, L_new)
+    x_i         Rollouts.tokens         what the policy wrote, made into row i of D (N, L_new)
     G           samples                 rollouts of each of P_n prompts, N = P_n*G  int
     A_it        advantages              rewards to go, centred, scaled       (N,) or (N, L_new)
 
@@ -72,7 +72,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights stand once
+Params = dict[str, Tensor]  # keyed as model.named_parameters(): tied weights once
 Metric = Callable[[Params], Tensor]  # runs a model by torch.func.functional_call(model, params, x)
 Optimizer = object  # SGD, AdamW, or one of your own whose `init` and `update` are pure functions
 
@@ -113,7 +113,8 @@ class AdamW:
     v_hat is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
-    tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); by default it may be far larger.
+    tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); with the default, torch's step but
+    for rounding, it may be far larger.
     """
 
     lr: float
@@ -188,10 +189,10 @@ def _loss(model, params, examples, weights, B):
 
         grad F = E[ sum_i (Phi(w = 1) - Phi(w_i = 0)) grad log pi(x_i) ].
 
-    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference. What it misses is,
-    times grad log pi(x_i) and on average, the bias of DPG (`advantages` may add to it): none where
-    Phi(w) is affine in each w_i, as at T = 1 with SGD and Phi linear in the parameters; else less
-    with a lower lr or a smaller share 1/B of an example (SGD), or a larger eps_root (AdamW)."""
+    tau_i, the slope at w_i = 1, is the first-order stand-in for that difference, and the bias of
+    DPG E[ sum_i (tau_i - difference) grad log pi(x_i) ] (`advantages` may add to it). It is 0 where
+    Phi(w) is affine in each w_i, as at T = 1 with SGD and Phi linear in the parameters; else it
+    falls with lr or an example's share 1/B (SGD), or as eps_root grows (AdamW)."""
     nll = _nll(model, params, examples)  # -log p of each label, 0 off the mask: (rows, L - 1)
     w = weights[:, 1:] if weights.ndim == 2 else weights[:, None]
     return (w * nll).sum() / (B * examples.tokens.shape[1])
@@ -327,11 +328,11 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     """Rewards tau to advantages A, same shape.
 
     tau is (N,), per example, and `discount` None; or (N, L_new), per token (not in the paper), and
-    `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. With 1
-    it is the first-order stand-in for Phi(w = 1) - Phi(w_is = 0 for all s >= t), with which the
-    policy gradient is exact: the row's losses that remain, of s < t, do not see x_it, for the
-    target is causal. Below 1, what a token does to later losses, as context and by what is written
-    after it, counts too little, with 0 not at all: as a rule more bias and less variance.
+    `discount` in [0, 1] makes the reward-to-go R_it = sum_{s >= t} discount^(s - t) tau_is. Credit
+    Phi(w = 1) - Phi(w_is = 0 for all s >= t) would make the policy gradient exact: the row's losses
+    that remain, of s < t, do not see x_it, for the target is causal. With 1 R_it is its first-order
+    stand-in. Below 1, what a token does to later losses, as context and by what is written after
+    it, counts too little, with 0 its own loss alone: as a rule more bias and less variance.
 
     Groups are `group_size` adjacent rows: G, a prompt's samples, as in the paper's GRPO; N / T, an
     inner minibatch, since rewards of early and late steps differ in size; None, the whole batch.
@@ -343,10 +344,10 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
 
     scale=True divides by the standard deviation about the means, one for all labels of the group: a
     step is as long whatever the unit of Phi or, centred, the spread. It adds a bias of order 1/n,
-    and at any n that several groups weigh the same. Rewards that differ by no more than rounding
-    (1e-12 of the group's largest, 1e-5 in float32) are equal: such rows get exactly 0 from "mean"
-    and "loo", and, where all of a group are, with scale from "none" too. A group of one row cannot
-    be scaled."""
+    and at any n another: all groups weigh the same. Where rewards differ by no more than rounding
+    (1e-12 of the group's largest, 1e-5 in float32) "mean" and "loo" give exactly 0; where they do
+    so at all positions of a group, scale=True does with "none" too. A group of one row cannot be
+    scaled."""
     _check(locals())
     reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
     if tau.ndim == 2:
@@ -377,8 +378,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
                          kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
     """-(1/N) sum_it A_it log pi_it: minus its gradient, times N, is the estimator (section 3.2).
 
-    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). Over its count of tokens a
-    text's sum would not be grad log pi(x_i). -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
+    log_probs and mask are (N, L_new), advantages (N,) or (N, L_new). No text's sum is divided by
+    its length: it would not be grad log pi(x_i). -entropy_coef (1/N) sum_it H_it and kl_coef (1/N)
     sum_it KL_it, from `token_log_probs`, are terms of another objective than Phi; their gradient
     leaves out how theta changes which prefixes are visited."""
     _check(locals())
