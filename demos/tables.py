@@ -244,7 +244,8 @@ TABLES = {
         Column("seconds", spread("seconds", 0))], [
         Row("**DPG**", "smollm2", SMOLLM2, CODES),
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, CODES, shows=untrained),
-        *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:2]) for name, how in CONTROLS.items()),
+        *(Row(name, "smollm2", f"{SMOLLM2} {how}", CODES[:4 if name == "naive" else 2])
+          for name, how in CONTROLS.items()),
         Row("**DPG**, twelve characters", "smollm2", SMOLLM2, TWELVE, code),
         Row("untrained generator, the same codes", "smollm2", SMOLLM2, TWELVE, code, untrained),
         Row("**DPG**, as long as a UUID", "smollm2", f"{SMOLLM2} --steps 200", WHOLE, whole),
