@@ -31,10 +31,10 @@ def draw(path):
     axis.add_patch(patches.FancyBboxPatch(
         (0.1, 0.27), 13.8, 3.76, boxstyle="round,pad=0,rounding_size=0.25", fc=PAPER, ec="none"))
 
-    def arrow(start, end, colour, bend=0.0):
+    def arrow(start, end, colour, bend=0.0, line="-"):
         axis.add_patch(patches.FancyArrowPatch(
             start, end, connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=16,
-            lw=1.8, color=colour, shrinkA=0, shrinkB=0))
+            lw=1.8, ls=line, color=colour, shrinkA=0, shrinkB=0))
 
     def say(x, y, text, colour=INK, size=10, **how):
         axis.text(x, y, text, color=colour, fontsize=size, ha="center", va="center", **how)
@@ -47,18 +47,19 @@ def draw(path):
         say(left + width / 2, BOTTOM + 0.27, what, size=8.5)
 
     names, level = list(BOXES), (TOP + BOTTOM) / 2
-    back = (r"$\tau_i$ is the reward", r"$\tau_i = d\Phi \, / \, dw_i$", r"$d\Phi$")
+    back = (r"reward $\tau_i$", r"$\tau_i = d\Phi \, / \, dw_i$", r"$d\Phi$")
     for (a, b), verb, slope in zip(zip(names, names[1:]), ("writes", "", ""), back):
         start, end = sum(BOXES[a][:2]) + 0.06, BOXES[b][0] - 0.06
         arrow((start, level + 0.16), (end, level + 0.16), FORWARD)
-        arrow((end, level - 0.16), (start, level - 0.16), BACK)
+        arrow((end, level - 0.16), (start, level - 0.16), BACK, line="-" if a != "policy" else "--")
         say((start + end) / 2, level + 0.36, verb, FORWARD)
         say((start + end) / 2, BOTTOM - 0.25, slope, BACK)
     x = BOXES["inner"][0] + BOXES["inner"][1] / 2  # the inner loop
     arrow((x + 0.75, TOP + 0.05), (x - 0.75, TOP + 0.05), FORWARD, bend=1.0)
     say(x, TOP + 0.98, "inner loop: $T$ training steps", FORWARD)
-    say(7, 0.8, "outer loop: the metric is differentiated back through all of the training, to the "
-        "weight of each text", BACK)
+    say(7, 0.95, "back: a derivative, through all of the training, to the weight of each text; "
+        "dashed: only as a reward", BACK)
+    say(7, 0.55, "outer loop: the generator is updated by the policy gradient, and writes anew")
     figure.subplots_adjust(0, 0, 1, 1)
     figure.savefig(path, dpi=150, transparent=True)
     plt.close(figure)
