@@ -2071,7 +2071,9 @@ def test_14_check_policy():
     for why, wrong in (("token_log_probs", bert()), ("token_log_probs", blind),
                        ("token_log_probs", holes),
                        ("draws random numbers", GPT2LMHeadModel(gpt2().config).train())):
+        before = torch.get_rng_state()
         refused(why, check_policy, wrong, prompts, max_new_tokens=4)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_14_what_a_wrapper_keeps_from_its_model():
