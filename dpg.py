@@ -113,8 +113,8 @@ class AdamW:
     v_hat is 0, and decides what tau can see: at T = 1 a step is about lr g / sqrt(g^2 +
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
-    tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); with the default, torch's step but
-    for rounding, it may be far larger.
+    tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); with the default, the
+    paper's number (there for a sum of micro-batches' means), it may be far larger.
     """
 
     lr: float
