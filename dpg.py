@@ -423,7 +423,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
     examples = encode(rollouts)
-    attribution = reward(examples)  # tau = d Phi(A(w, D)) / d w
+    attribution = _rewarded(policy, reward, examples)  # tau = d Phi(A(w, D)) / d w
     _check_attribution(attribution, examples, rollouts, crew)
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
@@ -570,7 +570,7 @@ def _linear(run, k, tau, g, of_g):
     each = run.batches[k][2].detach() * tau
     total, size = run.crew.sum([each.sum(), each.abs().sum()])
     products = map(torch.mul, g, of_g)  # one at a time
-    wanted, terms = map(sum, zip(*((x.sum(), x.norm(1)) for x in products)))
+    wanted, terms = map(sum, zip(*((x.sum(), x.abs_().sum()) for x in products)))
     rounding = 100 * torch.finfo(tau.dtype).eps * terms
     return not (total - wanted).abs() > 1e-4 * size + rounding  # NaN is told by `_check_tau`
 
@@ -935,8 +935,8 @@ def check_target(model: nn.Module, examples: Examples, metric: Metric, optimizer
     off = abs((tau * way).sum().item() - slope) / size
     _require(all(map(torch.equal, state, before)), "model: a parameter or buffer was changed")
     _require(bound <= tolerance, f"model or metric: differences of Phi in {tau.dtype} are good to "
-             f"{bound:.0%} of tau, and cannot tell; does the metric see what training changes? in "
-             "float32 check copy.deepcopy(model).double()")
+             f"{bound:.0%} of tau, and cannot tell; does the metric see what training changes? "
+             + ("Is all of it in float64?" if fine else "Check copy.deepcopy(model).double()"))
     _require(off <= bound, f"tau is off by {off:.1e} of its norm, the differences by {bound:.1e}: "
              "something in model or metric is detached, or is not smooth")
     return off
@@ -1004,6 +1004,18 @@ def _check_tau(run, tau):
              "has no derivative where a gradient is 0)", NotFinite)
 
 
+_ASKING = []  # the policies of `dpg_step`s that wait for a reward
+
+
+def _rewarded(policy, reward, examples):
+    """What `reward` returns, none of whose targets may move with the policy (`_Call.target`)."""
+    _ASKING.append(policy)
+    try:
+        return reward(examples)
+    finally:
+        _ASKING.pop()
+
+
 def _check_attribution(found, examples, rollouts, crew):
     _require(isinstance(found, Attribution), "reward must return an Attribution, as metagradient")
     phis, earns = zip(*crew.everyones((found.metric, bool(found.tau.any()))))
@@ -1051,8 +1063,18 @@ def _whole(x, low=0, high=2**31):
     return isinstance(x, numbers.Integral) and not isinstance(x, bool) and low <= x < high
 
 
+def _apart(policy, x):
+    """Whether no update of the policy moves model x: a target must not drift, and the KL to a
+    reference in the same memory would be 0."""
+    moved = {p.data_ptr() for p in policy.parameters() if p.requires_grad}
+    return moved.isdisjoint(p.data_ptr() for p in x.parameters() if p.numel())
+
+
 class _Call(dict):
     """The arguments of a call, and the sizes of its shapes: a letter has one value in a call."""
+
+    def rows(self):
+        return self["N"] if "N" in self else self.setdefault("N", self["P_n"] * self["samples"])
 
     def fits(self, x, shapes):
         """Whether x has one of the shapes, as "N or N L"."""
@@ -1096,15 +1118,9 @@ class _Call(dict):
                 and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
                     None, "eager", "sdpa")
                 and not any(p._backward_hooks for p in x.parameters())  # a run has its own
+                and all(_apart(policy, x) for policy in _ASKING)
                 and not torch.is_autocast_enabled(next(x.parameters()).device.type)
                 and not torch.is_inference_mode_enabled())
-
-    def apart(self, x):
-        """Whether no update of the policy moves x, if x is a model: the target must not drift, and
-        the KL to a reference in the same memory would be 0."""
-        moved = {p.data_ptr() for p in self["policy"].parameters() if p.requires_grad}
-        return not isinstance(x, nn.Module) or moved.isdisjoint(
-            p.data_ptr() for p in x.parameters() if p.numel())
 
     def group(self, x):
         crew, model = _Processes(x), self.get("model", self.get("policy"))
@@ -1131,7 +1147,7 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      and ("tau" not in c or c["tau"].ndim == 1 + (x is not None))),
     ("samples checkpoint_every microbatch?", "a whole number above 0", lambda c, x: _whole(x, 1)),
     ("steps group_size?", "a positive divisor of N", lambda c, x: _whole(x, 1)
-     and (c["N"] if "N" in c else c["P_n"] * c["samples"]) % x == 0),
+     and c.rows() % x == 0),
     ("max_new_tokens", "a whole number above 0, within the model's places",
      lambda c, x: _whole(x, 1) and c["P"] + x - 1 <= c.places),
     ("seed", "a whole number, or one of 32 bits for each prompt", lambda c, x:
@@ -1142,15 +1158,12 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
      all(map(_whole, x if isinstance(x, (list, tuple)) else [x]))),
     ("per_token offload", "True or False", lambda c, x: isinstance(x, bool)),
     ("scale", "True or False, and False where a group is one row", lambda c, x: isinstance(x, bool)
-     and (not x or (c.get("group_size") or c.get("N") or c["P_n"] * c["samples"]) > 1)),
+     and (not x or (c.get("group_size") or c.rows()) > 1)),
     ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
     ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
-    ("metric encode", "a function", lambda c, x: callable(x)),
-    ("reward", "a function, with a copy of the policy (copy.deepcopy), not itself, for a target",
-     lambda c, x: callable(x) and all(map(c.apart, [*getattr(x, "args", ()), *getattr(
-         x, "keywords", {}).values()]))),
+    ("metric encode reward", "a function", lambda c, x: callable(x)),
     ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
      lambda c, x: x.init and x.update),
     ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",
@@ -1160,11 +1173,12 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
      '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
      "with a padding_idx), none with a hook, max_norm or scale_grad_by_freq, outside of "
-     "torch.autocast and torch.inference_mode; a policy " + _POLICY,
+     "torch.autocast and torch.inference_mode, in a reward no part of the policy but a copy "
+     "(copy.deepcopy); a policy " + _POLICY,
      lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",
-     lambda c, x: x.generation_config and ("policy" not in c or c.apart(x))),
+     lambda c, x: x.generation_config and ("policy" not in c or _apart(c["policy"], x))),
     ("group?", "a process group: one model and examples of one shape on all its processes, a number"
      " of prompts that it divides", _Call.group),
     ("examples", "Examples on the model's device: int64 tokens (N, L) in its vocabulary and places,"

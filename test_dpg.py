@@ -877,8 +877,7 @@ def calls():
             kl=[real * INF], entropy_coef=[0.1], kl_coef=[0.1]),
         partial(policy_gradient_loss, real, real, ones, entropy=real, entropy_coef=0.1, kl=real,
                 kl_coef=0.1): {},
-        step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reward=[
-            partial(metagradient, policy), partial(metagradient, model=same)], reference=[
+        step: dict(temperature=[0], group_size=[5], kl_coef=[0.1], policy=[Bare()], reference=[
             nn.ReLU(), policy, same], policy_optimizer=[
             torch.optim.SGD(gpt2().parameters()),
             torch.optim.SGD(policy.parameters(), maximize=True)]),
@@ -1596,6 +1595,9 @@ def process(rank, folder):
                          register_forward_hook(lambda *parts: parts[-1].detach()))[1], [None] * 2
     dist.all_gather_object(both, apart)  # a parameter that the rows of one alone reach
     assert torch.equal(*both)
+    own = [dist.new_group([r]) for r in range(2)][rank]  # a group need not be all there are
+    check_same(run(data, method="replay", group=own), run(data))
+    check_same(a_step(2, own), a_step())
     dist.destroy_process_group()
 
 
@@ -1892,6 +1894,12 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
         refused("tau|mask|discount", step, lambda _: Attribution(tau, 0.0, {}, tau))
     refused("reward must return", step, lambda _: torch.ones(2))
+    same, tau_of = filled(Bare(4, 8), 0), partial(metagradient, optimizer=SGD(0.1))
+    same.embed.weight.data = policy.lm_head.weight.data  # another object, in one memory
+    for target in policy, same:  # it would drift
+        refused("^model .*no part of the policy", step, lambda D: tau_of(
+            target, D, linear(target)))
+        tau_of(target, batch(0), linear(target))  # elsewhere it may be one
     with pytest.warns(match="tau is 0"):  # nor is nothing learned in silence
         step(lambda _: Attribution(torch.zeros(2), 0.0, {}, torch.ones(1)))
     per_token = Attribution(torch.ones(2, 5), 0.0, {}, torch.ones(1))  # of text encoded anew

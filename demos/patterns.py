@@ -241,7 +241,7 @@ def draw(folder, path):
                      for pair in zip(row["picture"], wanted)])
         axis.set(title=f"{name}\n{row['pixel_accuracy']:.1%} right", xticks=[], yticks=[])
         axis.spines[:].set_visible(True)
-    top.supxlabel("orange: wrong pixels; the dark ones are black, the light ones white",
+    top.supxlabel("orange: wrong pixels (the darker ones should be white, the paler ones black)",
                   color=figures.ORANGE, fontsize=9)
     training, after = bottom.subplots(1, 2, sharey=True)
     training.plot([row["step"] for row in history], [row["pixel_accuracy"] for row in history])
