@@ -80,8 +80,7 @@ Optimizer = object  # SGD, AdamW, or one of your own whose `init` and `update` a
 # ============================================================================= room 1: the method
 
 class Examples(NamedTuple):
-    """A dataset D (section 3.1): rows of token ids, padded on the right, and which of them are
-    labels of the loss."""
+    """A dataset D (section 3.1): rows of token ids, padded on the right, and which are labels."""
 
     tokens: Tensor  # (N, L) int64
     mask: Tensor  # (N, L) bool, int or 0/1 float; column 0 has nothing to predict it from, so 0
@@ -114,8 +113,7 @@ class AdamW:
     eps_root), so a coordinate with g^2 far above eps_root moves by about lr at any w near 1, and
     adds almost nothing to tau. With eps_root = 10 s^2, s the largest |entry| of any grad l_i / B,
     tau's bias (`_loss`) was 5 % at T = 1 (demos/estimators.py); with the default, the
-    paper's number (there for a sum of micro-batches' means), it may be far larger.
-    """
+    paper's number (there for a sum of micro-batches' means), it may be far larger."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
@@ -158,16 +156,17 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     with _full_precision():
-        for *_, (params, _) in _train(run, run.z0, range(steps), "run" if graph else None):
+        for *_, g, _, (params, _) in _train(run, run.z0, range(steps), "run" if graph else None):
             pass
+        _check_run(run, g)
     return run.all | params
 
 
 def _train(run, z, steps, graph=None):
     """The training loop of A, from z = (parameters, optimizer state), for these of its T steps.
 
-    Yields z, the gradient g, the loss, and z after the step. graph="run" keeps autograd's graph of
-    the whole run, back to w, through each g (create_graph=True), which is a derivative already.
+    Yields k, z, the gradient g, the loss and z after the step. graph="run" keeps autograd's graph
+    of the whole run, back to w, through each g (create_graph=True), which is a derivative already.
     "update" keeps that of each update alone, from z and g (`_replay`); None keeps none."""
     for k in steps:
         g, loss = run.gradient(k, z[0], graph == "run")  # of `_loss` of minibatch k
@@ -175,7 +174,7 @@ def _train(run, z, steps, graph=None):
         new = tree_map_only(Tensor, lambda x: x, (z[0], g, z[1]))  # dicts that may be written to
         with torch.set_grad_enabled(graph is not None):
             after = run.optimizer.update(*new)
-        yield z, g, loss, after
+        yield k, z, g, loss, after
         z = after
 
 
@@ -234,8 +233,7 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
     Errors: those of `sft`; ValueError for a metric that is no scalar, or reads no parameter that
     training changes (a gradient of 0 is no error: tau is 0), and for a layer whose backward cannot
     be differentiated (what it takes for a constant `check_target` alone can see); `NotFinite` for
-    losses, Phi or tau not finite (with eps_root = 0 where v_hat is exactly 0).
-    """
+    losses, Phi or tau not finite (with eps_root = 0 where v_hat is exactly 0)."""
     _check(locals())
     with torch.enable_grad(), _full_precision():
         run = _Run(model, examples, optimizer, _leaf(weights), steps, microbatch, group, per_token)
@@ -248,14 +246,14 @@ def metagradient(model: nn.Module, examples: Examples, metric: Metric, optimizer
 def _unroll(run, metric):
     """The definition: train, look at Phi, differentiate."""
     losses = []
-    for _, g, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
+    for *_, g, loss, (params, _) in _train(run, run.z0, range(run.T), graph="run"):
         losses.append(loss)
     phi, adjoint = _phi(run, metric, _leaf(params), losses)  # Phi, d Phi / d params
     # The second derivative is taken here: back through every update and every gradient of the run,
     # to w. A g depends on its w, and by its parameters on earlier steps (a Hessian-vector product);
     # the initial parameters depend on no w, so the first step needs d g / d w alone.
     g = [x for x in g.values() if x.requires_grad]  # the last step's, for `_check_linear`
-    tau, *of_g = _vjp(params.values(), [run.weights, *g], adjoint)  # (d params / d w)^T adjoint
+    tau, *of_g = _vjp(params.values(), [run.weights, *g], adjoint, 1)  # (d params / d w)^T adjoint
     _check_linear(run, -1, tau.chunk(run.T)[-1], g, of_g)
     return tau, phi, params, losses
 
@@ -302,8 +300,7 @@ class TokenLogProbs(NamedTuple):
 def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0,
                     entropy: bool = False, reference: nn.Module | None = None):
     """log pi_theta(x_it | prompt, x_i<t), (N, L_new), 0 where the mask is 0; differentiable.
-    With entropy=True or a reference model a `TokenLogProbs`, whose entropy and KL are exact sums
-    over the vocabulary."""
+    With entropy=True or a reference a `TokenLogProbs`, by exact sums over the vocabulary."""
     _check(locals())
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     labels, pi = rollouts.mask != 0, log_pi.exp()
@@ -311,8 +308,7 @@ def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float 
     def expected(x):  # under pi; a token that is never drawn adds 0, not 0 * infinity
         return torch.where(labels, (pi * x.masked_fill(pi == 0, 0)).sum(2), 0)
 
-    kl, chosen = None, log_pi.gather(2, rollouts.tokens[..., None])[..., 0]
-    chosen = torch.where(labels, chosen, 0)
+    kl, chosen = None, log_pi.gather(2, rollouts.tokens[..., None])[..., 0].where(labels, 0)
     if reference is not None:
         with torch.no_grad():
             log_ref = _next_token_log_probs(reference, rollouts, temperature)
@@ -346,17 +342,14 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     step is as long whatever the unit of Phi or, centred, the spread. It adds a bias of order 1/n,
     and at any n another: all groups weigh the same. Where rewards differ by no more than rounding
     (1e-12 of the group's largest, 1e-5 in float32) "mean" and "loo" give exactly 0; where they do
-    so at all positions of a group, scale=True does with "none" too. A group of one row cannot be
-    scaled."""
+    so at all positions of a group, scale=True does with "none" too. One row cannot be scaled."""
     _check(locals())
-    reward, labels = tau.view(len(tau), -1), torch.ones_like(tau).view(len(tau), -1)
-    if tau.ndim == 2:
-        labels = (mask != 0).to(tau.dtype)
-        t = torch.arange(tau.shape[1], device=tau.device, dtype=tau.dtype)
-        with _full_precision():
-            reward = (tau * labels) @ torch.tril(discount ** (t[:, None] - t).clamp(min=0))
+    labels = (mask != 0).to(tau.dtype) if tau.ndim == 2 else torch.ones_like(tau)[:, None]
     labels = labels.view(-1, group_size or len(tau), labels.shape[1])  # (groups, size, positions)
-    reward = reward.view_as(labels) * labels
+    t = torch.arange(labels.shape[2], device=tau.device, dtype=tau.dtype)  # per example: one
+    with _full_precision():
+        to_go = torch.tril((discount or 0) ** (t[:, None] - t).clamp(min=0))
+        reward = (tau.view_as(labels) * labels) @ to_go * labels
     # Divide by the largest reward of the group first: the square of 1e-23 is 0 in float32.
     unit = reward.abs().amax((1, 2), keepdim=True)  # (groups, 1, 1)
     reward = reward / torch.where(unit > 0, unit, 1)
@@ -399,6 +392,7 @@ class StepResult(NamedTuple):
     kl: float  # to the reference, nats per token (nan without one)
 
 
+@torch.enable_grad()
 def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts,
              encode: Callable[[Rollouts], Examples], reward: Callable[[Examples], Attribution], *,
              samples: int, max_new_tokens: int, seed: int, temperature: float = 1.0,
@@ -422,9 +416,8 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
-    examples = encode(rollouts)
-    attribution = _rewarded(policy, reward, examples)  # tau = d Phi(A(w, D)) / d w
-    _check_attribution(attribution, examples, rollouts, crew)
+    examples = encode(Rollouts(*(x.clone() for x in rollouts)))
+    attribution = _rewarded(policy, reward, examples, rollouts, crew)  # tau = d Phi(A(w, D)) / d w
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
     tau = attribution.tau.to(written.mask.device)
@@ -467,6 +460,7 @@ class _Run:
         self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
         self.reached = set()  # names of the parameters that a loss depends on
+        self.before = [(p, p._version) for p in model.parameters()]
         self.z0 = self.params, optimizer.init(self.params)
 
     def parts(self, k, params, graph):
@@ -481,12 +475,13 @@ class _Run:
             _require(all(g is None for g in grads[len(own):]), "model: it reads a parameter by "
                      "another way than its module's attribute, past torch.func.functional_call")
             self.reached |= {k for k, g in zip(params, grads) if g is not None}
-            yield [*(_nothing(p) if g is None else g for g, p in zip(grads, params.values())),
-                   loss.detach()]
+            grads = _dense(grads, params.values())
+            _require(not graph or all(g.requires_grad or not g.any() for g in grads), _ONCE)
+            yield [*grads, loss.detach()]
 
     def gradient(self, k, params, graph=False):
         """d loss_k / d params, and loss_k; with a graph it can be differentiated in both."""
-        params = params if graph else _leaf(params)
+        params = {k: p if graph and p.requires_grad else _leaf(p) for k, p in params.items()}
         *grads, loss = self.crew.sum(_total(self.parts(k, params, graph)))
         # Autograd may hand out one tensor twice: to each its own. The loss, no view of all of them.
         return {k: g.view_as(g) for k, g in zip(params, grads)}, loss.clone()
@@ -508,7 +503,7 @@ def _replay(run, metric, every, offload):
     between is computed again: one more pass, T / every + every states."""
     device, last = run.weights.device, (run.T - 1) // every * every
     starts, kept, losses, taus = {}, {}, [], []  # of stretches; of steps, with the update's graph
-    for k, (z, g, loss, after) in enumerate(_train(run, run.z0, range(run.T), "update")):
+    for k, z, g, loss, after in _train(run, run.z0, range(run.T), "update"):
         if k >= last or every == 1 and not offload:
             kept[k] = z, g, after
         elif k % every == 0:
@@ -522,8 +517,7 @@ def _replay(run, metric, every, offload):
         if k not in kept:  # walk its stretch again
             first = k - k % every
             z = _leaf(starts.pop(first), False, device)
-            for j, (z, g, loss, after) in enumerate(
-                    _train(run, z, range(first, k + 1), "update"), first):
+            for j, z, g, _, after in _train(run, z, range(first, k + 1), "update"):
                 kept[j] = z, g, after
         tau, adjoint = _back(run, k, *kept.pop(k), adjoint)
         taus.insert(0, tau)
@@ -533,7 +527,7 @@ def _replay(run, metric, every, offload):
 def _back(run, k, z, g, after, adjoint):
     """tau_k, and the adjoint of z_k (nobody needs that of z_0), from the adjoint of z_{k+1}."""
     params, inputs = (list(z[0].values()), _tensors(z)) if k else ([], [])
-    found = _vjp(_tensors(after), [*g.values(), *inputs], adjoint)
+    found = _vjp(_tensors(after), [*g.values(), *inputs], adjoint, len(g))
     of_g, of_z = found[:len(g)], found[len(g):]
     tau = None if k else _tangents(run, z[0], g, of_g)
     if tau is not None:
@@ -570,7 +564,7 @@ def _linear(run, k, tau, g, of_g):
     each = run.batches[k][2].detach() * tau
     total, size = run.crew.sum([each.sum(), each.abs().sum()])
     products = map(torch.mul, g, of_g)  # one at a time
-    wanted, terms = map(sum, zip(*((x.sum(), x.abs_().sum()) for x in products)))
+    wanted, terms = map(sum, zip(*((x.nansum(), x.abs_().nansum()) for x in products)))
     rounding = 100 * torch.finfo(tau.dtype).eps * terms
     return not (total - wanted).abs() > 1e-4 * size + rounding  # NaN is told by `_check_tau`
 
@@ -594,11 +588,20 @@ class _AdamRatio(torch.autograd.Function):
         return of_m, of_v, None, None
 
 
-def _vjp(outputs, inputs, adjoints):
-    """The sum over outputs of (d output / d input)^T adjoint, for each input."""
+def _vjp(outputs, inputs, adjoints, gradients=0):
+    """The sum over outputs of (d output / d input)^T adjoint, for each input. Where outputs are an
+    update's, and the first so many inputs `gradients`, or made of them, one must be reached."""
     pairs = [(x, a) for x, a in zip(outputs, adjoints, strict=True) if x.requires_grad]
-    return torch.autograd.grad([x for x, _ in pairs], inputs, [a for _, a in pairs],
-                               allow_unused=True, materialize_grads=True)
+    found = [None] * len(inputs) if not pairs else torch.autograd.grad(
+        [x for x, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
+    _require(not gradients or any(x is not None for x in found[:gradients]),
+             "optimizer: its update is detached from the gradients, so nothing earns a reward")
+    return _dense(found, inputs)
+
+
+def _dense(grads, inputs):
+    """The gradients, of as many inputs, with zeros where there is none."""
+    return [_nothing(x) if g is None else g for g, x in zip(grads, inputs)]
 
 
 def _nothing(x):
@@ -643,15 +646,13 @@ def _nll(model, params, examples):
 
 def _logits(model, params, tokens):
     """What the model gives, (N, L, V), with these parameters in place of its own."""
-    # Each slot once: `functional_call` swaps a module that has two names twice, and leaves the
-    # wrong weights behind.
+    # Each slot once: `functional_call` leaves wrong weights in a module that has two names.
     names = {id(p): name for name, p in model.named_parameters()}
-    slots = {f"{path}.{k}".lstrip("."): names[id(p)] for path, module in model.named_modules()
-             for k, p in module.named_parameters(recurse=False, remove_duplicate=False)}
     _require(set(names.values()) <= set(params), "metric: its model has parameters that those it "
              "is given do not name; is it the target?")
-    params = {slot: params[name] for slot, name in slots.items()}
-    params |= {k: x.clone() for k, x in model.named_buffers()}  # the model's own stay as they are
+    slots = {f"{path}.{k}".lstrip("."): params[names[id(p)]] for path, m in model.named_modules()
+             for k, p in m.named_parameters(recurse=False, remove_duplicate=False)}
+    slots |= {k: x.clone() for k, x in model.named_buffers()}  # the model's own stay as they are
     options = _accepted(model, use_cache=False) if hasattr(model, "config") else {}
     # Activation checkpointing computes anew after `functional_call` has put the model's own
     # parameters back: it would be wrong in silence. It works by hooks.
@@ -659,7 +660,7 @@ def _logits(model, params, tokens):
         "model: activation checkpointing inside cannot be attributed")
     # Fused kernels are differentiable only once.
     with sdpa_kernel(SDPBackend.MATH), no_hooks, _pure(model):
-        out = torch.func.functional_call(model, params, (tokens,), options, tie_weights=False)
+        out = torch.func.functional_call(model, slots, (tokens,), options, tie_weights=False)
     logits = getattr(out, "logits", out)
     _require(isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape,
              "model must return logits (N, L, V) or an object with .logits; from tokens "
@@ -691,7 +692,7 @@ def _rollouts(model, prompts, samples, length, temperature, seed, eos=None, micr
     eos = model.generation_config.eos_token_id if eos is None else eos
     tokens, mask = (x.long().repeat_interleave(samples, 0) for x in _pair(prompts))  # (N, P)
     eos = tokens.new_tensor([] if eos is None else eos).view(-1)
-    streams = [torch.Generator(tokens.device).manual_seed(s)
+    streams = [torch.Generator(tokens.device).manual_seed(int(s))
                for s in _seeds(seed, len(tokens) // samples)]
     rows = max(1, (microbatch or len(tokens)) // samples)
     with _pure(model):
@@ -707,10 +708,9 @@ def _sample(model, tokens, mask, length, temperature, streams, eos):
 
     Of softmax(logits / temperature) argmax_j (logit_j / temperature - log e_j) is a sample, where
     the e_j are exponential (Gumbel-max)."""
-    new, P = tokens.new_zeros(len(tokens), length), tokens.shape[1]
-    tokens, mask = torch.cat([tokens, new], 1), F.pad(mask, (0, length), value=1)
-    log_pi, ended = torch.zeros(new.shape, device=new.device, dtype=torch.float32), new[:, 0] < 0
-    cache = _prefix(model, tokens[:, :P], mask[:, :P], length)
+    P, cache = tokens.shape[1], _prefix(model, tokens, mask, length)
+    tokens, mask = F.pad(tokens, (0, length)), F.pad(mask, (0, length), value=1)
+    log_pi, ended = torch.zeros_like(tokens[:, P:], dtype=torch.float32), tokens[:, P] < 0
     for t in range(P, P + length):
         logits, cache = _read(model, tokens[:, :t], mask[:, :t], 1, cache)
         logits = logits[:, 0] / (temperature or 1)  # (rows, V)
@@ -765,9 +765,8 @@ def _read(model, tokens, mask, keep, cache=None, use_cache=True):
 
 
 def _prefix(model, tokens, mask, length):
-    """The keys and values of prompts but for their last token, computed once for all samples of
-    one; differentiable. None where texts of `length` are no shorter, and little would be saved.
-    Held equal by test_12."""
+    """The keys and values of prompts but for their last token, once for all samples of one prompt;
+    differentiable. None where texts are no shorter, and little would be saved. See test_12."""
     rows, of = torch.cat([tokens, mask.long()], 1).unique_consecutive(dim=0, return_inverse=True)
     if tokens.shape[1] <= length or len(rows) == len(tokens):
         return None
@@ -780,16 +779,13 @@ def _prefix(model, tokens, mask, length):
 @contextlib.contextmanager
 def _pure(model):
     """Refuses a model that draws from a global random state: each call is another function."""
-    def draws():
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-
     devices = {x.device for x in model.parameters() if x.is_cuda}
-    before = draws()
+    before = torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
     yield
-    still = all(map(torch.equal, before, draws()))
+    after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
     torch.set_rng_state(before[0])
-    _require(still, f"model: a {type(model).__name__} (target, policy or reference) draws random "
-             "numbers (dropout?); call its eval()")
+    _require(all(map(torch.equal, before, after)), f"model: a {type(model).__name__} (target, "
+             "policy or reference) draws random numbers (dropout?); call its eval()")
 
 
 @contextlib.contextmanager
@@ -797,8 +793,7 @@ def _full_precision():
     """TF32 products lose 13 of 24 bits, and tau is a difference of such products: not in a run.
     Convolutions on a GPU are in TF32 unless told otherwise. A setting that was inherited is so
     again afterwards: those above are read, and put to "none", first."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    kept = {}
+    cudnn, mkldnn, kept = torch.backends.cudnn, torch.backends.mkldnn, {}
     try:
         for x in (torch.backends, cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
                   mkldnn.matmul, mkldnn.conv, mkldnn.rnn):
@@ -856,13 +851,13 @@ class _Processes:
 def _update(policy, optimizer, crew):
     """A step of the policy's optimizer, with the gradients of all processes; all stop, or none."""
     reached, coarse = crew.everyones([p.grad is not None for p in policy.parameters()]), []
+    held = {id(p) for part in optimizer.param_groups for p in part["params"]}
     for (name, p), *somewhere in zip(policy.named_parameters(), *reached, strict=True):
         if any(somewhere):
             p.grad, = crew.sum([torch.zeros_like(p) if p.grad is None else p.grad])
             _require(p.grad.isfinite().all(), f"policy: the gradient of {name} is not finite, its "
-                     "training diverged (lower the rate of policy_optimizer); nothing was changed",
-                     NotFinite)
-            coarse += [(p, p.detach().clone())] if p.element_size() < 4 else []
+                     "training diverged (lower policy_optimizer's lr); nothing changed", NotFinite)
+            coarse += [(p, p.detach().clone())] if p.element_size() < 4 and id(p) in held else []
     optimizer.step()
     meant = sum((p.grad != 0).sum() for p, _ in coarse)
     moved = sum((p != before).sum() for p, before in coarse)
@@ -980,6 +975,7 @@ def _phi(run, metric, params, losses):
         _require(loss.isfinite(), f"the loss of step {step} of the inner run is {loss.item()}: "
                  + why, NotFinite)
     phi = metric(run.all | params)
+    _check_model(run)
     _require(isinstance(phi, Tensor) and phi.numel() == 1 and phi.requires_grad,
              "metric must return one number that depends on the parameters that it is given, by "
              f"torch.func.functional_call, and not detached; got {_short(phi)}")
@@ -989,13 +985,31 @@ def _phi(run, metric, params, losses):
     reads = run.reached & {k for k, a in zip(params, adjoint) if a is not None}
     _require(any(run.crew.everyones(bool(reads))), "metric does not depend on any parameter that "
              "training on the examples changes; does it run the model with those it is given?")
-    adjoint = [_nothing(p) if a is None else a for a, p in zip(adjoint, params.values())]
-    return phi.detach(), adjoint
+    return phi.detach(), _dense(adjoint, params.values())
+
+
+def _check_model(run):
+    _require(all(p is q and version == q._version for (p, version), q in zip(
+        run.before, run.model.parameters(), strict=True)), "metric or optimizer: it changed the "
+        "target's own parameters. Does it write to what it is given? In a metric a module with two "
+        "names needs torch.func.functional_call(..., tie_weights=False)")
+
+
+def _check_run(run, g):
+    """A run of `sft`: the model is as before; where there is a graph, g can be differentiated."""
+    _check_model(run)
+    if g := [x for x in g.values() if x.requires_grad]:
+        tau, = torch.autograd.grad(g, [run.batches[-1][2]], of_g := [x.detach() for x in g],
+                                   retain_graph=True, materialize_grads=True)
+        _check_linear(run, -1, tau, g, of_g)
 
 
 def _check_linear(run, k, tau, g, of_g):
-    _require(_linear(run, k, tau, g, of_g), "model: a layer's backward cannot be differentiated "
-             "(a fused kernel, or an autograd.Function that is differentiable once?)")
+    _require(_linear(run, k, tau, g, of_g), _ONCE)
+
+
+_ONCE = ("model: a layer's backward cannot be differentiated (a fused kernel, or an "
+         "autograd.Function that is differentiable once?)")
 
 
 def _check_tau(run, tau):
@@ -1007,17 +1021,16 @@ def _check_tau(run, tau):
 _ASKING = []  # the policies of `dpg_step`s that wait for a reward
 
 
-def _rewarded(policy, reward, examples):
+def _rewarded(policy, reward, examples, rollouts, crew):
     """What `reward` returns, none of whose targets may move with the policy (`_Call.target`)."""
     _ASKING.append(policy)
     try:
-        return reward(examples)
+        found = reward(examples)
     finally:
         _ASKING.pop()
-
-
-def _check_attribution(found, examples, rollouts, crew):
-    _require(isinstance(found, Attribution), "reward must return an Attribution, as metagradient")
+    _require(isinstance(found, Attribution) and isinstance(found.tau, Tensor)
+             and isinstance(found.metric, numbers.Real) and math.isfinite(found.metric),
+             "reward must return an Attribution, as metagradient: tau a tensor, metric a number")
     phis, earns = zip(*crew.everyones((found.metric, bool(found.tau.any()))))
     if not any(earns):
         warnings.warn("tau is 0 for all that was written, and nothing is learned from it: does no "
@@ -1028,6 +1041,7 @@ def _check_attribution(found, examples, rollouts, crew):
     _require(found.tau.ndim == 1 or rows.shape == rollouts.tokens.shape and (
         (rows == rollouts.tokens) | (rollouts.mask == 0)).all(), "encode: where tau is per token "
         "its rows must be a start token and then the tokens that were written")
+    return found
 
 
 def _require(condition, message, error=ValueError):
@@ -1110,10 +1124,12 @@ class _Call(dict):
         places = [p.data_ptr() for p in x.parameters() if p.numel()]
         owners = [id(p) for _, p in x.named_parameters(remove_duplicate=False)]
         return ({p.dtype for p in x.parameters()} <= {torch.float32, torch.float64}
+                and all(isinstance(p, nn.Parameter) for p in x.parameters())
+                and not {*places} & {b.data_ptr() for b in x.buffers() if b.numel()}
                 and len(set(places)) == len(places) > 0  # else `functional_call` would untie them
                 # torch drops the gradient of a padding row, but not where a head is the same weight
                 and not any(isinstance(m, nn.Embedding) and (
-                    m.max_norm or m.scale_grad_by_freq or m.padding_idx is not None
+                    m.max_norm or m.scale_grad_by_freq or m.sparse or m.padding_idx is not None
                     and owners.count(id(m.weight)) > 1) for m in x.modules())
                 and getattr(getattr(x, "config", None), "_attn_implementation", None) in (
                     None, "eager", "sdpa")
@@ -1162,19 +1178,22 @@ _TABLE = [  # names (with "?": or None), what it must be, and whether x is, in t
     ("method", '"unroll" or "replay", and "replay" with checkpoint_every, offload or group',
      lambda c, x: x == "replay" or x == "unroll" and c.get("group") is None
      and c.get("checkpoint_every", 1) == 1 and not c.get("offload")),
-    ("baseline", '"none", "mean" or "loo"', lambda c, x: x in ("none", "mean", "loo")),
+    ("baseline", '"none", "mean" or "loo", and not "mean" where a group is one row', lambda c, x:
+     x in ("none", "loo") or x == "mean" and (c.get("group_size") or c.rows()) > 1),
     ("metric encode reward", "a function", lambda c, x: callable(x)),
-    ("optimizer", "dpg.SGD, dpg.AdamW, or have their init and update",
-     lambda c, x: x.init and x.update),
-    ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, that minimizes",
+    ("optimizer", "dpg.SGD(...), dpg.AdamW(...), or have their init and update",
+     lambda c, x: not isinstance(x, type) and x.init and x.update),
+    ("policy_optimizer", "a torch.optim.Optimizer of the policy's own parameters, not all frozen, "
+     "that minimizes",
      lambda c, x: {id(p) for part in x.param_groups for p in part["params"]}
      <= {id(p) for p in c["policy"].parameters()}
+     and any(p.requires_grad for part in x.param_groups for p in part["params"])
      and not any(part.get("maximize") for part in x.param_groups)),
     ("model", "a torch.nn.Module; a target in float32 or float64, attn_implementation \"sdpa\" or "
-     '"eager", its parameters each in a memory of its own (tied: one Parameter, of no embedding '
-     "with a padding_idx), none with a hook, max_norm or scale_grad_by_freq, outside of "
-     "torch.autocast and torch.inference_mode, in a reward no part of the policy but a copy "
-     "(copy.deepcopy); a policy " + _POLICY,
+     '"eager", its weights each a Parameter in a memory of its own (tied: one Parameter, of no '
+     "embedding with a padding_idx), none with a hook, max_norm, scale_grad_by_freq or sparse, "
+     "outside of torch.autocast and torch.inference_mode, in a reward no part of the policy but a "
+     "copy (copy.deepcopy); a policy " + _POLICY,
      lambda c, x: c.target(x) if "examples" in c else x.generation_config),
     ("policy", _POLICY, lambda c, x: x.generation_config),
     ("reference?", _POLICY + ", and a copy (copy.deepcopy) that the policy's update does not move",

@@ -721,8 +721,8 @@ def test_8_advantages_are_those_of_a_literal_loop(seed, groups, size, baseline, 
     mask = torch.arange(4) <= 2 * randn(seed + 1, groups * size, 1).abs()
     tau = randn(seed, groups * size) if discount is None else randn(seed, groups * size, 4) * mask
     how = dict(group_size=size, baseline=baseline, scale=scale, discount=discount)
-    if scale and size == 1:
-        return refused("scale .* one row", advantages, tau, mask, **how)  # it would be 0
+    if size == 1 and (scale or baseline == "mean"):
+        return refused("(scale|baseline) .* one row", advantages, tau, mask, **how)  # always 0
     got = advantages(tau, mask, **how)
     if discount is None:
         tau, got, mask, discount = tau[:, None], got[:, None], torch.ones(len(tau), 1), 0.0
@@ -824,6 +824,8 @@ def calls():
     untied.head.weight.data = untied.embed.weight.data
     fused.config._attn_implementation, hooked = "flash_attention_2", filled(Bare(), 0)
     hooked.embed.weight.register_hook(lambda g: 0 * g)  # no plain loop would train this
+    twofold = altered(more=nn.Buffer(torch.zeros(())))
+    twofold.more.data = twofold.embed.weight.data  # a plain loop would change it, too
     same = gpt2()
     same.load_state_dict(policy.state_dict(), assign=True)  # other objects, in one memory
     step = partial(dpg_step, policy=policy, policy_optimizer=torch.optim.SGD(policy.parameters()),
@@ -835,10 +837,11 @@ def calls():
             (0.9,), (0.9, 0.9, 0.9), ("a", 0.9), (0.9, 1), (-5e-324, 0.9), 0.9]),
         partial(sft, target, data, SGD(0.1), weights=real[:, 0], steps=2, microbatch=1): dict(
             weights=[torch.ones(3), torch.ones(4, 4), real[:, 0] / 0], steps=[8],
-            model=[nn.ReLU(), gpt2().bfloat16(), fused, untied, hooked, gpt2().requires_grad_(
-                False), *(
-                nn.Sequential(nn.Embedding(4, 4, **how)) for how in (
-                    {"max_norm": 1.0}, {"scale_grad_by_freq": True}))]),
+            optimizer=[AdamW], model=[
+                nn.ReLU(), gpt2().bfloat16(), fused, untied, hooked, twofold,
+                gpt2().requires_grad_(False), *(
+                    nn.Sequential(nn.Embedding(4, 4, **how)) for how in (
+                        {"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}))]),
         partial(sft, policy, good := Examples(ones, labels), SGD(0.1)): dict(examples=[
             tuple(good), Examples(ones[0], ones[0]), Examples(ones[:0], labels[:0]),
             Examples(torch.ones(1, 10, dtype=int), torch.arange(10)[None] > 0),
@@ -914,7 +917,8 @@ def test_9_what_is_wrong_is_named_before_work_is_done():
     ones, policy, one = torch.ones(4, 3, dtype=int), gpt2(), torch.ones(4, 3)
     write = partial(generate, policy, (ones, ones), samples=1, max_new_tokens=2, seed=0)
     for right in (  # the last values that are taken
-            partial(write, seed=[0, 2**32 - 1, 5, 5]), partial(write, eos_token_id=2**31 - 1),
+            partial(write, seed=[0, 2**32 - 1, *np.arange(2)]), partial(
+                write, eos_token_id=2**31 - 1),
             partial(write, eos_token_id=[0, 1]), partial(write, max_new_tokens=6),
             partial(Rollouts(ones, ones, ones, ones).examples, 2**31 - 1), partial(SGD, 5e-324),
             partial(sft, policy, batch(0), SGD(np.float32(0.1)), steps=np.int64(2)),
@@ -1893,7 +1897,9 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
         plain_step, policy, encode=partial(Rollouts.examples, start=1), samples=1)
     for tau in (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 2)):
         refused("tau|mask|discount", step, lambda _: Attribution(tau, 0.0, {}, tau))
-    refused("reward must return", step, lambda _: torch.ones(2))
+    for found in torch.ones(2), Attribution([1.0], 0.0, {}, 0), Attribution(
+            torch.ones(2), NAN, {}, 0), Attribution(torch.ones(2), None, {}, 0):
+        refused("reward must return", step, lambda _: found)
     same, tau_of = filled(Bare(4, 8), 0), partial(metagradient, optimizer=SGD(0.1))
     same.embed.weight.data = policy.lm_head.weight.data  # another object, in one memory
     for target in policy, same:  # it would drift
@@ -1906,8 +1912,20 @@ def test_13_no_step_of_the_generator_on_what_is_not_finite():
     refused("encode: where tau is per token", step, lambda _: per_token, discount=0.5,
             encode=lambda rollouts: rollouts._replace(tokens=rollouts.tokens + 1).examples(1))
     earned = Attribution(torch.tensor([1.0, 2]), 0.0, {}, torch.ones(1))
-    plain_step(gpt2(4, seed=3), lambda _: earned, samples=1, encode=lambda rollouts:
-               rollouts._replace(tokens=rollouts.tokens + 1).examples(1))  # per example it may
+    def encode(rollouts):  # per example it may; into a copy
+        rollouts.tokens.add_(1)
+        return rollouts.examples(1)
+
+    with torch.no_grad():  # the step has gradients of its own
+        found = plain_step(trained := gpt2(4, seed=3), lambda _: earned, samples=1, encode=encode)
+    plain_step(twin := gpt2(4, seed=3), lambda _: earned, samples=1,
+               encode=partial(Rollouts.examples, start=1))
+    assert torch.equal(flat(start(trained)), flat(start(twin)))
+    assert found.rollouts.tokens.min() == 0 and not torch.equal(flat(start(twin)), before)
+    adapted = gpt2(4, seed=3).requires_grad_(False)
+    adapted.transformer.ln_f.requires_grad_()  # after its optimizer was made
+    refused("policy_optimizer .*not all frozen", plain_step, adapted, lambda _: earned, optimizer=(
+        lambda params, lr: torch.optim.SGD([p for p in params if not p.requires_grad], lr)))
     next(policy.parameters()).register_hook(lambda g: g * INF)
     refused("gradient of transformer.wte.weight", step, lambda _: earned, error=NotFinite)
     assert torch.equal(flat(start(policy)), before)
@@ -1919,6 +1937,8 @@ def test_13_a_policy_that_does_not_move_in_half_precision_says_so():
     with pytest.warns(match="policy: only .* in float32, or at a higher rate"):
         step(gpt2(53, seed=3).bfloat16(), lr=1e-6)
     step(gpt2(53, seed=3).bfloat16(), lr=1e-2)
+    step(gpt2(53, seed=3).bfloat16(), lr=1e-2, optimizer=lambda params, lr: torch.optim.AdamW(
+        list(params)[-2:], lr))  # what the optimizer does not hold need not move
     step(gpt2(53, seed=3).float(), lr=1e-6)
 
 
@@ -2124,6 +2144,48 @@ def test_14_a_module_with_two_names_is_swapped_once():
     close(first, want, 1e-12)
 
 
+@each_method
+def test_14_whoever_writes_to_the_target_is_refused(method):
+    """A metric's own `functional_call` of a module with two names leaves trained weights behind."""
+    run = partial(metagradient, examples=batch(0), method=method)
+    for tie, tau_of in ((False, run), (True, partial(refused, "tie_weights=False", run))):
+        model = altered(lambda model, tokens: model.also(model.hidden(tokens)))
+        model.also = model.head
+
+        def metric(params):
+            return functional_call(model, params, (batch(50).tokens,), tie_weights=tie).sum()
+
+        tau_of(model=model, metric=lambda params: metric(params).sin(), optimizer=SGD(0.1))
+    refused("model .*each a Parameter", run, model=model, metric=metric, optimizer=SGD(0.1))
+    model = filled(Bare(), 0)
+    model.embed.requires_grad_(False)
+
+    def normalizes(params):
+        params["embed.weight"].div_(2)
+        return params["head.weight"].sin().sum()
+
+    refused("write to what", run, model=model, metric=normalizes, optimizer=SGD(0.1))
+    inside = types.SimpleNamespace(init=lambda params: {}, update=torch.no_grad()(
+        lambda params, grads, state: (
+            {k: p.sub_(0.1 * grads[k]) for k, p in params.items()}, state)))
+    refused("write to what", sft, filled(Bare(), 0), batch(0), inside)
+    refused("write to what", run, model=filled(Bare(), 0), metric=lambda params: params[
+        "head.weight"].requires_grad_().sum(), optimizer=inside)
+
+
+@each_method
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("through", [torch.no_grad(), lambda update: update])
+def test_14_an_optimizer_that_is_detached_earns_no_zeros(method, steps, through):
+    model = filled(Bare(), 0)
+    own = types.SimpleNamespace(init=lambda params: {}, update=through(
+        lambda params, grads, state: (
+            {k: p - 0.1 * grads[k].detach() for k, p in params.items()}, state)))
+    refused("optimizer: its update is detached", metagradient, model, batch(0), lambda params: (
+        params["head.weight"] * torch.ones((), requires_grad=True)).sum(), own, steps=steps,
+        method=method)
+
+
 def test_14_logits_that_are_not_finite():
     for value in NAN, INF:
         spoilt = gpt2()
@@ -2219,12 +2281,20 @@ def test_15_what_functional_call_and_two_derivatives_do_not_reach(method):
         model.embed(tokens))))
     tied = altered(lambda model, tokens: model.hidden(tokens) @ model.tied[0].T)
     tied.tied, more = [tied.embed.weight], altered(more=nn.Linear(2, 2))
+    first = altered(lambda model, tokens: model.head(  # the gradient of embed has no graph
+        Once.apply(model.embed(tokens)).cumsum(1).tanh()))
     for why, model, metric in (("backward cannot", once, lambda p: 1e-12 * linear(once)(p)),
+                               ("backward cannot", first, linear(first)),
                                ("past torch.func", tied, linear(tied)),
                                ("metric: its model", filled(Bare(), 0), lm_metric(more, batch(9)))):
         for steps in (1, 2):
-            refused(why, metagradient, model, batch(0), metric, AdamW(0.1, eps_root=0.1),
-                    steps=steps, method=method)
+            for root in (0.1, 0.0):  # at 0 rows that are not read have no derivative
+                data = batch(0)._replace(tokens=batch(0).tokens % (3 if root == 0 else 4))
+                refused(why, metagradient, model, data, metric, AdamW(0.1, eps_root=root),
+                        steps=steps, method=method)
+            if why == "backward cannot":
+                refused(why, sft, model, batch(0), SGD(0.1), steps=steps, weights=torch.ones(
+                    4, dtype=torch.float64, requires_grad=True))
     model, way, optimizer = filled(Bare(), 0), randn(1, 4), AdamW(0.1, eps_root=0.1)
 
     def slope(w, graph=False):  # of Phi along a way of w
