@@ -39,6 +39,7 @@ so small that every dataset of n texts is trained on: expectations are sums, not
     NaN, infinity; a full disk; hostile files   `NotFinite`; the last state; nothing executed
     two equal calls, on one and two threads     equal, no random state used              0
 14  check_target, check_policy                  right models pass; each wrong one is told why
+    who writes to the target; who is detached   refused, and not rewarded with 0
     policies in wrappers                        the model inside, or told                1e-12
 15  the first step of a replay, forward-mode    unroll, also where a layer forbids it    1e-10
     a backward without a derivative, hooks, parameters read past functional_call: refused

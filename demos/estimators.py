@@ -374,8 +374,7 @@ def main(argv=None):
     result = {"demo": "estimators", "seeds": args.seeds,
               "seconds": round(time.perf_counter() - began, 1), "rank_correlation": correlation}
     kept = {name: [{key: float(f"{value:.4g}") if isinstance(value, float) else value
-                    for key, value in row.items()} for row in found[name]]
-            for name in ("table", "sgd", "sizes")}
+                    for key, value in row.items()} for row in rows] for name, rows in found.items()}
     (out / "result.json").write_text(json.dumps(result | kept) + "\n")
     draw(out, out / "figure.png")
     print(f"seconds     {result['seconds']}\nfiles       {out}/")
