@@ -150,8 +150,9 @@ def sft(model: nn.Module, examples: Examples, optimizer: Optimizer, *,
     in w where w requires gradients. The model maps token ids to logits (N, L, V), or to an output
     with .logits, is causal, and computes each row by itself. It is not changed; its parameters with
     requires_grad=False are constants. `microbatch` bounds the rows computed at once. ValueError for
-    arguments that do not fit together, and for a model that draws random numbers (dropout), is in
-    half precision or reads its parameters by another way than its modules' attributes."""
+    arguments that do not fit together, for a model that draws random numbers (dropout), is in half
+    precision, reads its parameters by another way than its modules' attributes or, where w requires
+    gradients, has a backward without a derivative; for an optimizer that writes to the model."""
     _check(locals())
     run = _Run(model, examples, optimizer, weights, steps, microbatch)
     graph = weights is not None and weights.requires_grad and torch.is_grad_enabled()
@@ -300,7 +301,7 @@ class TokenLogProbs(NamedTuple):
 def token_log_probs(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0,
                     entropy: bool = False, reference: nn.Module | None = None):
     """log pi_theta(x_it | prompt, x_i<t), (N, L_new), 0 where the mask is 0; differentiable.
-    With entropy=True or a reference a `TokenLogProbs`, by exact sums over the vocabulary."""
+    With entropy=True or a reference a `TokenLogProbs`: both are exact sums over the vocabulary."""
     _check(locals())
     log_pi = _next_token_log_probs(model, rollouts, temperature)  # (N, L_new, V)
     labels, pi = rollouts.mask != 0, log_pi.exp()
@@ -342,7 +343,8 @@ def advantages(tau: Tensor, mask: Tensor, *, group_size: int | None = None, base
     step is as long whatever the unit of Phi or, centred, the spread. It adds a bias of order 1/n,
     and at any n another: all groups weigh the same. Where rewards differ by no more than rounding
     (1e-12 of the group's largest, 1e-5 in float32) "mean" and "loo" give exactly 0; where they do
-    so at all positions of a group, scale=True does with "none" too. One row cannot be scaled."""
+    so at all positions of a group, scale=True does with "none" too. A group of one row, which would
+    always get 0, can be neither scaled nor centred by "mean"."""
     _check(locals())
     labels = (mask != 0).to(tau.dtype) if tau.ndim == 2 else torch.ones_like(tau)[:, None]
     labels = labels.view(-1, group_size or len(tau), labels.shape[1])  # (groups, size, positions)
@@ -416,7 +418,7 @@ def dpg_step(policy: nn.Module, policy_optimizer: torch.optim.Optimizer, prompts
     tokens, mask, seeds = map(crew.share, (tokens, mask, _seeds(seed, len(tokens))))
     rollouts = generate(policy, (tokens, mask), samples=samples, max_new_tokens=max_new_tokens,
                         temperature=temperature, seed=seeds, microbatch=microbatch)  # D ~ pi_theta
-    examples = encode(Rollouts(*(x.clone() for x in rollouts)))
+    examples = encode(Rollouts(*(x.clone() for x in rollouts)))  # a copy: it may be written to
     attribution = _rewarded(policy, reward, examples, rollouts, crew)  # tau = d Phi(A(w, D)) / d w
     written = Rollouts(*(crew.gather(x, samples) for x in rollouts))
     attribution = attribution._replace(tau=crew.gather(attribution.tau, samples))
@@ -460,7 +462,7 @@ class _Run:
         self.weights = _leaf(ones) if weights is None else weights
         self.batches = list(zip(*(x.chunk(T) for x in (*examples, self.weights))))
         self.reached = set()  # names of the parameters that a loss depends on
-        self.before = [(p, p._version) for p in model.parameters()]
+        self.before = [(p, p._version) for p in model.parameters()]  # for `_check_model`
         self.z0 = self.params, optimizer.init(self.params)
 
     def parts(self, k, params, graph):
